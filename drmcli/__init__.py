@@ -1,0 +1,24 @@
+"""drmcli: diffusion-based reward models, trained, used and measured (DRM, arXiv 2605.25661).
+
+The public names are loaded when first used, so that importing drmcli imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+_LAZY = {
+    "RewardModel": "drmcli.reward",
+    "Generator": "drmcli.generator",
+    "PromptEmbeds": "drmcli.generator",
+    "DrmError": "drmcli.errors",
+}
+__all__ = ["DrmError", "Generator", "PromptEmbeds", "RewardModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'drmcli' has no attribute {name!r}")

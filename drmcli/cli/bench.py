@@ -1,0 +1,56 @@
+"""`drm bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from drmcli.cli import options as o
+
+
+def bench(
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset (default: test).")] = None,
+    data_dir: o.DataDir = None,
+    pairs: Annotated[int | None, typer.Option(help="Pairs to evaluate (default: all).")] = None,
+    sigmas: Annotated[
+        list[float] | None,
+        typer.Option("--sigma", help="Noise level to score at; may be repeated, the first is the headline."),
+    ] = None,
+    noise_samples: Annotated[int | None, typer.Option(help="Noise draws a picture, averaged (default: 1).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures scored at once.")] = None,
+    fail_under: Annotated[float | None, typer.Option(help="Exit with 1 when the accuracy (%) is lower.")] = None,
+    max_bad: o.MaxBad = None,
+    allow_outside: o.AllowOutside = None,
+    preset: o.Preset = None,
+    reward: o.RewardRef = None,
+    generator: o.GeneratorRef = None,
+    resolution: o.Resolution = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    config: o.ConfigFile = None,
+    sets: o.Sets = None,
+    out: o.Out = None,
+    seed: o.Seed = None,
+    cache_dir: o.CacheDir = None,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = None,
+    overwrite: o.Overwrite = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure a reward model's preference accuracy, at every noise level and in every counting convention.
+
+    [bold]Examples[/]
+
+      drm bench
+
+      drm bench --reward runs/mine/reward --dataset pairs.jsonl --sigma 0.25 --noise-samples 4
+
+      drm bench --dataset hpdv2 --data-dir ~/HPDv2 --preset sd35-medium --reward runs/sd35/reward
+    """
+    o.execute("bench", locals())

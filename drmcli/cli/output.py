@@ -1,0 +1,102 @@
+"""What a person, a script or a pipe sees: tables, JSON or one line on stdout; progress, notes and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+def stdout() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Screen:
+    """A reporter: bars on a terminal, a line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.console = stderr()
+        self.bars: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.starts: dict[str, tuple[float, int]] = {}
+        self.said: dict[str, float] = {}
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal and not self.quiet:
+            self.bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[more]}", style="dim"),
+                console=self.console,
+            )
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def progress(self, task: str, done: int, total: int, **fields: Any) -> None:
+        more = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+        if self.quiet:
+            return
+        if self.bars:
+            if task not in self.tasks:
+                self.tasks[task] = self.bars.add_task(task, total=total, more=more)
+            self.bars.update(self.tasks[task], completed=done, total=total, more=more)
+            return
+        now = time.monotonic()
+        began, at = self.starts.setdefault(task, (now, done))
+        if done < total and now - self.said.get(task, began) < PLAIN_EVERY:
+            return
+        self.said[task] = now
+        left = (now - began) / max(1, done - at) * (total - done)
+        eta = f", ETA {left:.0f} s" if done < total and done > at else ""
+        print(f"{task}: {done}/{total}{eta}{'  ' + more if more else ''}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(f"note: {text}", markup=False)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def show_json(summary: dict[str, Any]) -> None:
+    print(json.dumps(summary, indent=2, allow_nan=False))
+
+
+def show_error(message: str, hint: str) -> None:
+    """The two lines of every failure."""
+    console = stderr()
+    flat = " ".join(message.split())
+    console.print("[bold red]error:[/] ", end="")
+    console.print(flat, markup=False)
+    console.print("[bold]hint:[/] ", end="")
+    console.print(" ".join(hint.split()), markup=False)

@@ -1,0 +1,116 @@
+"""Summaries as Rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from drmcli.cli.output import stdout
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table in drm's one style, its title printed above it: first column left, numbers right."""
+    stdout().print(title, style="bold", markup=False)
+    made = Table(header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right")
+    return made
+
+
+def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
+    console = stdout()
+    console.print(f"[bold]config of drm {command}[/]")
+    console.print(config_yaml, markup=False)
+    console.print("[bold]plan[/] (nothing was written)")
+    for key, value in values.items():
+        if key != "memory":
+            console.print(f"  {key}: {value}", markup=False)
+    if memory := values.get("memory"):
+        made = table("\nmemory of a training step", "", "GiB")
+        made.add_row(f"weights ({memory['parameters'] / 1e6:,.1f} M parameters)", gib(memory["weights"]))
+        made.add_row(f"gradients ({memory['trained'] / 1e6:,.1f} M trained)", gib(memory["gradients"]))
+        made.add_row("AdamW moments", gib(memory["optimizer"]))
+        if memory["ema"]:
+            made.add_row("moving average", gib(memory["ema"]))
+        made.add_row("activations", gib(memory["activations"]))
+        made.add_row("activations with --set gradient_checkpointing=true", gib(memory["activations_checkpointed"]))
+        made.add_row("[bold]total[/]", gib(memory["total"]))
+        made.add_row("[bold]total with gradient checkpointing[/]", gib(memory["total_checkpointed"]))
+        console.print(made)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.3f}" if size < 2**30 else f"{size / 2**30:.1f}"
+
+
+def train_reward(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table(f"reward model after {s['steps']} steps, {s['eval_pairs']} held-out pairs", "noise level", "accuracy")
+    for row in s["eval_by_sigma"]:
+        mark = " *" if row["sigma"] == s["eval_sigma"] else ""
+        made.add_row(f"{row['sigma']:g}{mark}", f"{row['accuracy']:.1f} %")
+    console.print(made)
+    console.print(f"{s['train_pairs']} training pairs, {s['seconds']:.0f} s on {s['device']}")
+    console.print(f"reward model: {s['reward']}", markup=False)
+    console.print(f"next: drm bench --reward {s['reward']}", markup=False)
+
+
+def bench(s: dict[str, Any]) -> None:
+    from drmcli.plots import text_plot
+
+    console = stdout()
+    made = table(
+        f"{s['dataset']} {s['split']}: {s['accuracy']:.2f} % at noise level {s['sigma']:g}",
+        "protocol",
+        "accuracy",
+        "95 % interval",
+        "",
+    )
+    for name, value in s["protocols"].items():
+        lo, hi = s["protocols_ci95"][name]
+        made.add_row(
+            name, f"{value:.2f} %", f"{lo:.1f} to {hi:.1f}", "the dataset's own" if name == s["protocol"] else ""
+        )
+    console.print(made)
+    console.print(
+        f"{s['n_prompts']} prompts, {s['n_pairs']} pairs, {s['n_ties']} ties, {s['n_predicted_ties']} predicted ties,"
+        f" {s['n_skipped']} pairs skipped, {s['n_images_scored']} pictures scored"
+    )
+    if len(s["by_sigma"]) > 1:
+        console.print("\naccuracy by noise level, from chance (50 %) to 100 %")
+        console.print(text_plot(s["by_sigma"]), markup=False)
+    console.print(f"\n{s['seconds']:.0f} s on {s['device']}; tables and plot: {s['run']}", markup=False)
+
+
+def score(s: dict[str, Any]) -> None:
+    console = stdout()
+    sigmas = list(dict.fromkeys(row["sigma"] for row in s["scores"]))
+    made = table(
+        "scores (higher is better; compare only within a prompt)", "image", *(f"sigma {x:g}" for x in sigmas), "prompt"
+    )
+    rows: dict[tuple[str, str], dict[float, float]] = {}
+    for row in s["scores"]:
+        rows.setdefault((row["image"], row["prompt"]), {})[row["sigma"]] = row["score"]
+    for (image, prompt), values in rows.items():
+        made.add_row(image, *(f"{values[x]:+.3f}" if x in values else "" for x in sigmas), prompt)
+    console.print(made)
+    console.print(f"{s['noise_samples']} noise draws a score; table: {s['run']}", markup=False)
+
+
+def demo(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table("the same budget, two starts: accuracy on held-out pairs", "noise level", "pre-trained", "random")
+    for a, b in zip(s["pretrained"]["eval_by_sigma"], s["random"]["eval_by_sigma"]):
+        made.add_row(f"{a['sigma']:g}", f"{a['accuracy']:.1f} %", f"{b['accuracy']:.1f} %")
+    console.print(made)
+    console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)", markup=False)
+
+
+SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "train-reward": train_reward,
+    "bench": bench,
+    "score": score,
+    "demo": demo,
+}

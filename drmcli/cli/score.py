@@ -1,0 +1,98 @@
+"""`drm score`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from drmcli.cli import options as o
+
+
+def score(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE...", help="Pictures, or latents as .safetensors; - reads paths from stdin."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt of every picture.")] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line, one a picture.")
+    ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            "--sigmas", metavar="S,S,...", help="Noise levels to score at, 0 clean to 1 pure noise (default: 0.25)."
+        ),
+    ] = None,
+    noise_samples: Annotated[int | None, typer.Option(help="Noise draws a score, averaged (default: 4).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures scored at once.")] = None,
+    preset: o.Preset = None,
+    reward: o.RewardRef = None,
+    resolution: o.Resolution = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    config: o.ConfigFile = None,
+    sets: o.Sets = None,
+    out: o.Out = None,
+    seed: o.Seed = None,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = None,
+    overwrite: o.Overwrite = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Score pictures, or saved latents, for a prompt.
+
+    [bold]Examples[/]
+
+      drm score picture.png --prompt "a large red circle on the left"
+
+      drm score a.png b.png --prompt "a small blue square in the center" --sigmas 0,0.25,0.5
+
+      ls *.png | drm score - --prompts prompts.txt --json
+    """
+    options = {k: v for k, v in locals().items() if k not in ("prompt", "prompts_file")}
+    options["images"] = _paths(images)
+    options["prompts"] = _prompts(prompt, prompts_file)
+    options["sigmas"] = _numbers(sigmas)
+    o.execute("score", options)
+
+
+def _paths(images: list[str] | None) -> list[str] | None:
+    if images and "-" in images:
+        piped = [line.strip() for line in sys.stdin if line.strip()]
+        return [path for name in images for path in (piped if name == "-" else [name])]
+    return images or None
+
+
+def _prompts(prompt: str | None, file: str | None) -> list[str] | None:
+    from pathlib import Path
+
+    from drmcli.errors import InputError
+
+    if prompt is not None and file is not None:
+        raise InputError("--prompts: given together with --prompt", hint="use one of them")
+    if file is None:
+        return None if prompt is None else [prompt]
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--prompts {file}: cannot be read: {error}", hint="give a text file with a prompt a line"
+        ) from None
+    return [line for line in lines if line.strip()]
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    from drmcli.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--sigmas {text}: not numbers with commas between", hint="for example --sigmas 0,0.25,0.5"
+        ) from None

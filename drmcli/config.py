@@ -1,0 +1,393 @@
+"""Configs: one dataclass a command, resolved in one order: defaults < preset < config file < `--set` < flag.
+
+A preset is a YAML file of `drmcli/presets`: a section `common` and one a command, with only what differs from the
+defaults. Unknown keys, unknown names and wrong values are InputErrors that list close matches; nothing is ignored.
+`{package}` in a path stands for the folder of the installed package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from drmcli.errors import InputError, MissingError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sigma = Annotated[float, Field(ge=0, le=1)]
+strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(config=strict, kw_only=True)
+class Common:
+    """What every command that runs models takes."""
+
+    preset: str = "tiny"
+    """Preset that was asked for; `drm config list` names them."""
+    generator: str = ""
+    """Text-to-image pipeline: a folder in Hugging Face layout or a hub id. Empty: the preset's."""
+    revision: str | None = None
+    """Revision of a generator on the hub; None is its main branch."""
+    out: str | None = None
+    """Run folder; None is runs/<command>-<time>."""
+    seed: NonNegative = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cuda, cuda:1 or cpu; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of frozen weights and mixed precision; auto is bf16 on CUDA and fp32 on the CPU."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernels; xformers needs the extra of that name and CUDA."""
+    max_sequence_length: NonNegative = 256
+    """Tokens of the T5 part of a prompt; where there is no T5, SD3 puts as many zeros there."""
+    text_encoder_3: bool = True
+    """False leaves the T5 encoder unloaded (zeros instead): 9 GB less, slightly different scores."""
+    resolution: Positive | None = None
+    """Side of the square that images are cropped and resized to, pixels; None is the generator's own size."""
+    cache_dir: str | None = None
+    """Cache of encoded images and prompts; None is $DRM_CACHE or ~/.cache/drmcli."""
+    resume: bool = True
+    """Go on with an unfinished run in the same folder."""
+    overwrite: bool = False
+    """Empty the run folder first."""
+
+
+@dataclass(config=strict, kw_only=True)
+class Data:
+    """Where preference pairs come from."""
+
+    data_dir: str | None = None
+    """Folder that holds a published dataset in its published layout."""
+    shapes_prompts: Positive = 1200
+    """Captions of the procedural dataset `shapes`, four pictures each."""
+    shapes_generated: Share = 0.15
+    """Share of these captions whose pictures are the generator's own samples."""
+    max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Percent of damaged or missing images above which the run stops."""
+    encode_batch_size: Positive = 64
+    """Images that go through the VAE, and prompts through the text encoders, at once."""
+    allow_outside: bool = False
+    """Let a data file name images outside its own folder."""
+
+
+@dataclass(config=strict, kw_only=True)
+class TrainReward(Common, Data):
+    """`drm train-reward`."""
+
+    data: list[str] = Field(default_factory=lambda: ["shapes"])
+    """Datasets or files, mixed; `NAME=0.3` gives a ratio of the draws."""
+    eval_data: list[str] = Field(default_factory=list)
+    """Held-out datasets or files; empty: the test part of `shapes`, else prompts held out of the data."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start of the backbone; random keeps the architecture and forgets the weights."""
+    backbone: Literal["full", "lora", "frozen"] = "full"
+    """What of the backbone is trained."""
+    lora_rank: Positive = 64
+    """Rank of the backbone's LoRA."""
+    lora_alpha: Positive = 128
+    """Scale of the backbone's LoRA, alpha / rank."""
+    drop_layers: NonNegative = 3
+    """Transformer blocks cut off at the end (3 of 24 in the paper)."""
+    tap_layers: list[int] | None = None
+    """Blocks whose image tokens the head reads, counted from 0; None is the last kept one."""
+    head_width: Positive = 512
+    """Width of the head's tokens and convolution."""
+    head_pool: Literal["mean", "attention"] = "mean"
+    """Pooling over the grid."""
+    loss: Literal["bradley-terry", "thurstone"] = "bradley-terry"
+    """Preference loss."""
+    margin: float = 0.0
+    """Score difference by which Bradley-Terry wants the chosen image ahead."""
+    shared_noise: bool = True
+    """The images of a prompt share their noise; False draws it for each."""
+    sigma_density: Literal["uniform", "logit-normal", "fixed"] = "uniform"
+    """How noise levels are drawn; fixed is always sigma_max."""
+    sigma_min: Sigma = 0.0
+    """Lower end of the noise levels."""
+    sigma_max: Sigma = 1.0
+    """Upper end of the noise levels."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal density."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the logit-normal density."""
+    steps: Positive = 1000
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Pairs an optimizer step, over all processes and accumulation."""
+    micro_batch_size: Positive | None = None
+    """Pairs a forward pass of one process; None is as many as the batch gives it."""
+    lr: Rate = 1e-5
+    """Learning rate of the backbone."""
+    head_lr: Rate | None = None
+    """Learning rate of the head; None is the backbone's."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
+    weight_decay: Rate = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: Rate = 1.0
+    """Gradient norm above which gradients are scaled down; 0 is off."""
+    ema_decay: Share = 0.0
+    """Decay of an exponential moving average of the trained weights, which is what is saved; 0 is off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0 only at the end."""
+    eval_pairs: Positive = 1000
+    """Held-out pairs that are evaluated."""
+    eval_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9])
+    """Noise levels of the evaluation."""
+    eval_sigma: Sigma = 0.25
+    """Noise level of the headline accuracy, and of the choice of the best checkpoint."""
+    eval_batch_size: Positive = 64
+    """Images scored at once."""
+    save_every: NonNegative = 100
+    """Steps between checkpoints; 0 only when interrupted."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept, besides the best."""
+    log_every: Positive = 10
+    """Steps between rows of the metrics."""
+    track: list[str] = Field(default_factory=list)
+    """Trackers of accelerate: tensorboard, wandb, ..."""
+
+
+@dataclass(config=strict, kw_only=True)
+class Bench(Common, Data):
+    """`drm bench`."""
+
+    reward: str = ""
+    """Reward model: a folder or a hub id. Empty: the preset's."""
+    dataset: str = "shapes"
+    """Dataset or file of preference pairs or rankings."""
+    split: str = "test"
+    """Split of the dataset."""
+    sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1)
+    """Noise levels to score at; the first is the headline."""
+    noise_samples: Positive = 1
+    """Noise draws an image, averaged."""
+    pairs: Positive | None = None
+    """Pairs to evaluate, whole prompts in the data's order; None is all."""
+    batch_size: Positive = 64
+    """Images scored at once."""
+    fail_under: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Accuracy in percent under which the command exits with 1."""
+
+
+@dataclass(config=strict, kw_only=True)
+class Score(Common):
+    """`drm score`."""
+
+    reward: str = ""
+    """Reward model: a folder or a hub id. Empty: the preset's."""
+    images: list[str] = Field(default_factory=list)
+    """Pictures, or latents saved as .safetensors."""
+    prompts: list[str] = Field(default_factory=list)
+    """A prompt an image, or one for all."""
+    sigmas: list[Sigma] = Field(default_factory=lambda: [0.25], min_length=1)
+    """Noise levels to score at."""
+    noise_samples: Positive = 4
+    """Noise draws an image, averaged."""
+    batch_size: Positive = 64
+    """Images scored at once."""
+
+
+@dataclass(config=strict, kw_only=True)
+class Demo:
+    """`drm demo`."""
+
+    out: str | None = None
+    """Run folder; None is runs/demo."""
+    seed: NonNegative = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cuda, cuda:1 or cpu."""
+    steps: Positive = 220
+    """Training steps of each of the two reward models."""
+    resume: bool = True
+    """Go on with an unfinished demo in the same folder."""
+    overwrite: bool = False
+    """Empty the run folder first."""
+
+
+COMMANDS: dict[str, type] = {"train-reward": TrainReward, "bench": Bench, "score": Score, "demo": Demo}
+C = TypeVar("C")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in resources.files("drmcli.presets").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def preset_text(name: str) -> str:
+    """A preset's YAML with the comments of its header. Raises InputError for an unknown name."""
+    if name not in preset_names():
+        raise InputError(
+            f"--preset: there is no preset {name!r}", hint=_closest(name, preset_names(), "see `drm config list`")
+        )
+    return (resources.files("drmcli.presets") / f"{name}.yaml").read_text()
+
+
+def preset_values(name: str, command: str) -> dict[str, Any]:
+    """What a preset sets for a command: its `common` section and the command's own."""
+    sections = yaml.safe_load(preset_text(name)) or {}
+    fields = field_names(COMMANDS[command])
+    common = {key: value for key, value in (sections.get("common") or {}).items() if key in fields}
+    return common | (sections.get(command) or {})
+
+
+def field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def resolve(
+    command: str,
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Any:
+    """The config of a command from all its sources. Flags that are None were not given.
+
+    Raises InputError that names the source (`--set`, the file, the flag) of what is wrong.
+    """
+    cls = COMMANDS[command]
+    loaded = read_config_file(file, command) if file else {}
+    assigned = [_assignment(item, cls) for item in sets or []]
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    name = preset or next((v for k, v in reversed(assigned) if k == "preset"), None) or loaded.get("preset")
+    values: dict[str, Any] = {}
+    if "preset" in field_names(cls):
+        name = str(name or "tiny")
+        values = preset_values(name, command) | {"preset": name}
+    values |= {key: value for key, value in loaded.items() if key != "preset"}
+    values |= {key: value for key, value in assigned if key != "preset"} | given
+    sources = dict.fromkeys(loaded, file) | {k: f"--set {k}" for k, _ in assigned}
+    sources |= {k: "--" + k.replace("_", "-") for k in given}
+    return build(cls, values, sources)
+
+
+def build(cls: type[C], values: dict[str, Any], sources: dict[str, Any] | None = None) -> C:
+    """Validate values into a config. Raises InputError with the key, its source and the fact."""
+    for key in values:
+        _known(key, cls, (sources or {}).get(key))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        where = (sources or {}).get(key) or key
+        raise InputError(
+            f"{where}: {key} {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            hint=f"{key}: {describe(cls)[key]}",
+        ) from None
+
+
+def describe(cls: type) -> dict[str, str]:
+    """The line below each field of a config."""
+    return {name: info.description or "" for name, info in cls.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any, command: str) -> str:
+    """A config as the YAML that `--config` reads."""
+    return yaml.safe_dump({"command": command, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+
+
+def read_config_file(path: str, command: str) -> dict[str, Any]:
+    """A YAML file of config keys; `command:` in it must be this command."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"--config {path}: there is no such file", hint="give a YAML file, such as a run's config.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--config {path}: not YAML: {' '.join(str(error).split())}", hint="write `key: value` lines"
+        ) from None
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}", hint="check the path and its permissions") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"--config {path}: holds no `key: value` lines", hint="`drm config show tiny` prints an example"
+        )
+    wanted = values.pop("command", command)
+    if wanted != command:
+        raise InputError(f"--config {path}: written for `drm {wanted}`", hint=f"run `drm {wanted} --config {path}`")
+    return values
+
+
+def package_path(text: str) -> str:
+    """`{package}` in a path replaced by the folder of the installed package."""
+    return text.replace("{package}", str(Path(__file__).parent))
+
+
+def local_or_hub(ref: str, flag: str) -> str:
+    """Where a model reference points: an existing folder, or a hub id as it is.
+
+    Raises MissingError when it looks like a path and is not there, InputError when it is empty.
+    """
+    if not ref:
+        raise InputError(f"{flag}: no model is named", hint=f"give {flag} FOLDER_OR_HUB_ID, or a --preset that has one")
+    path = package_path(ref)
+    if Path(path).is_dir():
+        return path
+    if Path(path).is_file():
+        raise InputError(
+            f"{flag} {ref}: a file, not a folder", hint="give the folder that holds config.json or model_index.json"
+        )
+    looks_local = path.startswith((".", "/", "~", "{")) or path.count("/") != 1
+    if looks_local:
+        raise MissingError(
+            f"{flag} {ref}: there is no such folder", hint="give an existing folder, or a hub id like owner/name"
+        )
+    return path
+
+
+def _assignment(item: str, cls: type) -> tuple[str, Any]:
+    key, mark, value = item.partition("=")
+    key = key.strip().replace("-", "_")
+    if not mark:
+        raise InputError(f"--set {item}: not of the form key=value", hint="for example --set steps=100")
+    _known(key, cls, f"--set {key}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {item}: the value is not YAML", hint="quote it, for example --set 'name=\"a: b\"'"
+        ) from None
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return key, parsed
+
+
+def _known(key: str, cls: type, source: Any) -> None:
+    if key not in field_names(cls):
+        where = source or key
+        hint = _closest(key, field_names(cls), "`drm config show tiny` lists the keys")
+        raise InputError(f"{where}: there is no key {key!r}", hint=hint)
+
+
+def _closest(name: str, names: list[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise

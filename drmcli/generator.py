@@ -1,0 +1,300 @@
+"""A text-to-image pipeline in Hugging Face layout: prompts and images in, latents, velocities and pictures out.
+
+Any folder or hub id of a StableDiffusion3Pipeline works the same way. Only the parts that are asked for are loaded.
+
+Dimension letters: B images or prompts, C latent channels, H and W latent height and width, L prompt tokens, D and P widths
+of token and pooled prompt embeddings.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from drmcli.config import local_or_hub
+from drmcli.errors import DrmError, InputError, MissingError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass
+class PromptEmbeds:
+    """Text conditioning of SD3: `prompt_embeds` [B, L, D] and `pooled_prompt_embeds` [B, P]."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: Any) -> PromptEmbeds:
+        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
+        return PromptEmbeds(self.prompt_embeds.to(*args, **kwargs), self.pooled_prompt_embeds.to(*args, **kwargs))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cuda`, `cuda:1` or `cpu` as a device. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device", hint="use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name}: no such device", hint="use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs",
+            hint="`drm doctor` shows the devices",
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on CUDA and fp32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+@contextmanager
+def explained(ref: str, flag: str):
+    """Turn what loading a model can raise into one clear error."""
+    page = f"https://huggingface.co/{ref}"
+    try:
+        yield
+    except DrmError:
+        raise
+    except hub_errors.GatedRepoError as error:
+        hint = f"accept the licence at {page}, run `hf auth login`, then the same command again"
+        raise MissingError(f"{flag} {ref}: the model is gated and you have no access yet", hint=hint) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        hint = f"check {page} and the revision; a private model needs `hf auth login`"
+        raise MissingError(f"{flag} {ref}: there is no such model on the hub", hint=hint) from error
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
+        hint = "connect once to download it (or unset HF_HUB_OFFLINE), or give a folder"
+        raise MissingError(f"{flag} {ref}: not in the local cache, and the hub cannot be reached", hint=hint) from error
+    except SafetensorError as error:
+        raise InputError(f"{flag} {ref}: damaged weights: {error}", hint="download or build the model again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        fact = " ".join(str(error).split())[:300] or type(error).__name__
+        unreachable = isinstance(error, OSError) and "connect" in fact.lower() and not Path(ref).exists()
+        kind: type[DrmError] = MissingError if unreachable else InputError
+        hint = "connect once to download it, or give a folder" if unreachable else (
+            "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights"
+        )  # fmt: skip
+        raise kind(f"{flag} {ref}: cannot be loaded: {fact}", hint=hint) from error
+
+
+class Generator:
+    """A loaded pipeline and the few things that drm does with it.
+
+    `components`: any of "text", "vae", "transformer"; what is not asked for stays on disk. A transformer that is not asked
+    for is there on the meta device, since SD3's prompt encoding reads its config.
+    """
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, ref: str, *, revision: str | None, max_sequence_length: int):
+        self.pipe = pipe
+        self.ref = ref
+        self.revision = revision
+        self.max_sequence_length = max_sequence_length
+
+    @classmethod
+    def load(
+        cls,
+        ref: str,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        components: Sequence[str] = ("text", "vae", "transformer"),
+        text_encoder_3: bool = True,
+        max_sequence_length: int = 256,
+        attention: str = "sdpa",
+        flag: str = "--generator",
+    ) -> Generator:
+        """Load a pipeline from a folder or the hub. Only safetensors are read.
+
+        Raises MissingError (gated, absent, offline) or InputError (damaged, of another kind), each naming `flag`.
+        """
+        where = local_or_hub(ref, flag)
+        with explained(ref, flag), quiet_libraries():
+            index = StableDiffusion3Pipeline.load_config(where, revision=revision)
+            kind = index.get("_class_name")
+            if kind != "StableDiffusion3Pipeline":
+                raise InputError(f"{flag} {ref}: holds a {kind}", hint="drm works with the StableDiffusion3 family")
+            known = inspect.signature(StableDiffusion3Pipeline.__init__).parameters
+            absent = {
+                name: None for name, value in index.items() if name in known and value in ([None, None], (None, None))
+            }
+            if not text_encoder_3:
+                absent |= {"text_encoder_3": None, "tokenizer_3": None}
+            if "text" not in components:
+                absent |= dict.fromkeys(TEXT)
+            if "vae" not in components:
+                absent |= {"vae": None}
+            if "transformer" not in components:
+                config = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision)
+                with torch.device("meta"):
+                    absent["transformer"] = SD3Transformer2DModel.from_config(config)
+            pipe = StableDiffusion3Pipeline.from_pretrained(
+                where, revision=revision, dtype=dtype, use_safetensors=True, local_files_only=False, **absent
+            )
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
+                if not part.__class__.__name__.startswith("SD3") or "transformer" in components:
+                    part.to(device)
+                _refuse_broken(part, f"{flag} {ref}: {name}")
+        pipe.set_progress_bar_config(disable=True)
+        generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length)
+        if attention == "xformers":
+            generator.use_xformers()
+        return generator
+
+    @property
+    def transformer(self) -> SD3Transformer2DModel:
+        return self.pipe.transformer
+
+    @property
+    def device(self) -> torch.device:
+        parts = [p for p in self.pipe.components.values() if isinstance(p, torch.nn.Module)]
+        devices = [next(p.parameters()).device for p in parts]
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that the transformer was made for."""
+        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+
+    def use_xformers(self) -> None:
+        """xformers attention. Raises MissingError where it or CUDA is not there."""
+        if not torch.cuda.is_available():
+            raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
+        try:
+            self.pipe.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ImportError) as error:
+            raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """All of the pipeline's text conditioning for B prompts."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return PromptEmbeds(embeds, pooled)
+
+    def truncated(self, prompt: str) -> bool:
+        """Does a prompt hold more tokens than every one of the text encoders reads?"""
+        rooms = [(t, t.model_max_length) for t in (self.pipe.tokenizer, self.pipe.tokenizer_2) if t is not None]
+        if self.pipe.tokenizer_3 is not None:
+            rooms.append((self.pipe.tokenizer_3, self.max_sequence_length))
+        return all(len(tokenizer(prompt, truncation=False).input_ids) > room for tokenizer, room in rooms)
+
+    def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
+        """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
+        side = resolution or self.image_size
+        return self.pipe.image_processor.preprocess(list(images), side, side, resize_mode="crop")
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
+        """Latents [B, C, H, W] as the transformer sees them: posterior modes, shifted and scaled, float32."""
+        vae = self.pipe.vae
+        pixels = self.preprocess(images, resolution).to(self.device, vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode().float()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def fingerprint(self, parts: Sequence[str]) -> str:
+        """A short hash of what the named parts ("vae", "text") compute: their weights' content and settings that matter."""
+        digest = hashlib.sha256()
+        names = [*(("vae",) if "vae" in parts else ()), *(TEXT if "text" in parts else ())]
+        where = Path(local_or_hub(self.ref, "--generator"))
+        for name in names:
+            part = getattr(self.pipe, name, None)
+            digest.update(f"{name}:{part is not None}".encode())
+            if not where.is_dir():
+                digest.update(_hub_commit(self.ref, self.revision).encode())
+            elif part is not None:
+                for file in sorted((where / name).iterdir()):
+                    digest.update(f"{file.name}:{file.stat().st_size}".encode())
+                    digest.update(_head_and_tail(file))
+        module = getattr(self.pipe, "vae" if "vae" in parts else "text_encoder")
+        digest.update(f"{module.dtype}".encode())
+        if "text" in parts:
+            digest.update(f"{self.max_sequence_length}".encode())
+        return digest.hexdigest()[:16]
+
+    def free(self) -> None:
+        """Let go of the weights."""
+        for name, part in list(self.pipe.components.items()):
+            if isinstance(part, torch.nn.Module):
+                setattr(self.pipe, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _hub_commit(ref: str, revision: str | None) -> str:
+    """The commit of a hub model's cached snapshot: the name of its snapshot folder."""
+    with explained(ref, "--generator"):
+        return Path(hf_hub_download(ref, "model_index.json", revision=revision)).parent.name
+
+
+def _head_and_tail(file: Path, span: int = 1 << 22) -> bytes:
+    """Hash of a file's first and last 4 MiB: enough to tell two sets of weights apart without reading gigabytes."""
+    with file.open("rb") as handle:
+        digest = hashlib.sha256(handle.read(span))
+        size = file.stat().st_size
+        if size > span:
+            handle.seek(max(span, size - span))
+            digest.update(handle.read())
+    return digest.digest()
+
+
+def _refuse_broken(module: torch.nn.Module, where: str) -> None:
+    """Weights that are not finite would only show as a useless score much later."""
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
+
+
+@contextmanager
+def quiet_libraries():
+    """Keep the progress bars and notices of diffusers and transformers out of the user's terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    before = [lib.get_verbosity() for lib in (diffusers_logging, transformers_logging)]
+    for lib in (diffusers_logging, transformers_logging):
+        lib.set_verbosity(logging.CRITICAL)
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib, level in zip((diffusers_logging, transformers_logging), before):
+            lib.set_verbosity(level)

@@ -1,0 +1,225 @@
+"""One picture, wherever it is stored: a file, an archive member, a cell of a Parquet file, bytes or an array."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import struct
+import threading
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from drmcli.errors import InputError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 64 * 2**20
+"""Largest picture that is decoded, in pixels (8192 x 8192): 192 MiB of RGB."""
+
+# What Pillow's decoders raise on damaged bytes.
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
+_OPENING = threading.Lock()
+
+
+class BadImage(InputError):
+    """A picture that cannot be used. Callers that read many count it by `key` and `reason` and go on."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}", hint="replace the picture, or leave it out")
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        return BadImage, (self.key, self.reason)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """One picture. Small and picklable: worker processes read it for themselves."""
+
+    key: str
+    """Stable name, unique within its dataset: a relative path, the publisher's id, or a hash of the bytes."""
+
+    def read(self) -> bytes:
+        """The raw file bytes. Raises BadImage when they are missing or empty."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 of the content: equal pictures have equal digests, whatever their keys."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileImage(ImageSource):
+    """A file on disk."""
+
+    path: str | Path
+    """A string where there may be a million of them."""
+
+    def read(self) -> bytes:
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would never end
+                raise BadImage(self.key, "not a file")
+            data = Path(self.path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadImage(self.key, "missing") from None
+        except OSError as error:
+            raise BadImage(self.key, error.strerror or str(error)) from None
+        return _not_empty(self.key, data)
+
+
+@dataclass(frozen=True)
+class TarImage(ImageSource):
+    """A member of an uncompressed tar archive, read in place."""
+
+    archive: Path
+    offset: int
+    """Where the member's bytes start in the archive."""
+    size: int
+
+    def read(self) -> bytes:
+        try:
+            with self.archive.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise BadImage(self.key, f"{self.archive.name}: {error.strerror}") from None
+        return _not_empty(self.key, data)
+
+
+@dataclass(frozen=True)
+class ZipImage(ImageSource):
+    """A member of a zip archive, read in place."""
+
+    archive: Path
+    member: str
+
+    def read(self) -> bytes:
+        try:
+            with zipfile.ZipFile(self.archive) as file:
+                data = file.read(self.member)
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise BadImage(self.key, f"{self.archive.name}: {error}") from None
+        return _not_empty(self.key, data)
+
+
+@dataclass(frozen=True)
+class BytesImage(ImageSource):
+    """File bytes held in memory."""
+
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return _not_empty(self.key, self.data)
+
+
+@dataclass(frozen=True)
+class ParquetImage(ImageSource):
+    """A cell of a Parquet file: bytes, or a struct with a field `bytes`; with `item`, one element of a list of them."""
+
+    path: Path
+    column: str
+    group: int
+    """Row group."""
+    row: int
+    """Row within the row group."""
+    item: int | None = None
+
+    def read(self) -> bytes:
+        try:
+            cell = _column(self.path, self.column, self.group)[self.row].as_py()
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise BadImage(self.key, f"{self.path.name}: {error}") from None
+        if self.item is not None:
+            cell = cell[self.item]
+        return _not_empty(self.key, (cell.get("bytes") if isinstance(cell, dict) else cell) or b"")
+
+
+# Two columns, one row group: pairs are read side by side, in the order of the file.
+@lru_cache(maxsize=2)
+def _column(path: Path, column: str, group: int) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(0)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImage(ImageSource):
+    """Pixels in memory."""
+
+    pixels: np.ndarray
+    """uint8 [H, W, 3]."""
+
+    def read(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.pixels.shape).encode() + self.pixels.tobytes()).hexdigest()
+
+
+def _not_empty(key: str, data: bytes) -> bytes:
+    if not data:
+        raise BadImage(key, "empty, 0 bytes")
+    return data
+
+
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read and fully decode a picture to RGB. Alpha is dropped and EXIF rotation ignored, as the field's scorers do.
+
+    Raises BadImage when it is missing, empty, truncated, damaged, no picture, or has more than `max_pixels` pixels by
+    its header (checked before anything is decoded).
+    """
+    if isinstance(source, ArrayImage):
+        return Image.fromarray(source.pixels).convert("RGB")
+    return decode(source.read(), source.key, max_pixels=max_pixels)
+
+
+def decode(data: bytes, key: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode file bytes as `load_image` does. `key` names the picture in errors."""
+    try:
+        # Pillow warns of large pictures on opening; the check below decides instead. Warning filters are global: lock.
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise BadImage(key, f"not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise BadImage(key, f"more than {max_pixels} pixels, a decompression bomb") from None
+    except _DAMAGE as error:
+        raise BadImage(key, f"damaged: {_first_line(error)}") from None
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImage(key, f"{width} x {height} is more than {max_pixels} pixels, a decompression bomb")
+        if image.mode.startswith(("I", "F")):
+            raise BadImage(key, f"pixels of more than 8 bits (mode {image.mode}) are not supported")
+        try:
+            return image.convert("RGB")
+        except _DAMAGE as error:
+            raise BadImage(key, f"truncated or damaged: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def parquet_cells(path: Path, column: str) -> Iterator[tuple[int, int, Any]]:
+    """Every cell of a column as (row group, row within it, value), one row group in memory at a time."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            cells = file.read_row_group(group, columns=[column]).column(0)
+            for row, cell in enumerate(cells):
+                yield group, row, cell.as_py()

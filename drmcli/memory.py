@@ -1,0 +1,134 @@
+"""What training a reward model needs in memory, from its config alone.
+
+The transformer is built without storage (fake tensors), one forward pass is traced, and the bytes that autograd keeps for the
+backward pass are added up. Nothing of the model's size is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from drmcli.generator import PromptEmbeds
+from drmcli.reward import RewardConfig, RewardModel
+
+FIXED = 0.6e9
+"""Bytes that a CUDA context takes before the first tensor."""
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes of each kind of tensor while a step is taken."""
+
+    parameters: int
+    """Number of parameters that are loaded."""
+    trained: int
+    """Number of parameters that learn."""
+    weights: int
+    gradients: int
+    optimizer: int
+    """AdamW's two moments."""
+    ema: int
+    activations: int
+    """Kept for the backward pass of one micro-batch, without gradient checkpointing."""
+    activations_checkpointed: int
+    """The same with gradient checkpointing, one block's recomputation included."""
+
+    def total(self, *, checkpointed: bool, cuda: bool = False) -> int:
+        kept = self.activations_checkpointed if checkpointed else self.activations
+        fixed = self.weights + self.gradients + self.optimizer + self.ema + kept
+        return int(fixed + (FIXED if cuda else 0))
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class SavedBytes:
+    """Counts the bytes that autograd keeps for the backward pass, parameters and inputs that live anyway excepted."""
+
+    def __init__(self, model: nn.Module):
+        self.total = 0
+        self._seen = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._kept: list[Tensor] = []  # keeps storages alive so that their ids stay distinct
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks = saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(*exc)  # type: ignore[arg-type]
+        self._kept.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(tensor)
+            self.total += storage.nbytes()
+        return tensor
+
+
+def plan_training(
+    config: RewardConfig,
+    *,
+    images: int,
+    latent_side: int,
+    tokens: int,
+    mixed: torch.dtype,
+    ema: bool,
+    device_type: str = "cpu",
+) -> MemoryPlan:
+    """The plan for a micro-batch of so many images with square latents and prompts of so many tokens.
+
+    mixed: the autocast dtype (float32 for none). Frozen backbones are kept in it, trained weights in float32.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = RewardModel(config, SD3Transformer2DModel.from_config(config.transformer))
+        model.set_trainable()
+        store_frozen_in(model, mixed)
+        channels = int(config.transformer["in_channels"])
+        latents = torch.randn(images, channels, latent_side, latent_side)
+        cond = PromptEmbeds(
+            torch.randn(images, tokens, int(config.transformer["joint_attention_dim"])),
+            torch.randn(images, int(config.transformer["pooled_projection_dim"])),
+        )
+        sigma = torch.rand(images)
+
+        def saved() -> int:
+            with torch.autocast("cpu", dtype=mixed, enabled=mixed != torch.float32), SavedBytes(model) as counter:
+                model(latents, sigma, cond).sum()
+            return counter.total
+
+        whole = saved()
+        blocks = len(model.transformer.transformer_blocks)
+        model.gradient_checkpointing = True
+        checkpointed = saved() + whole // max(1, blocks)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        bytes_of: Callable[[Any], int] = lambda ps: sum(p.numel() * p.element_size() for p in ps)  # noqa: E731
+        return MemoryPlan(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in trained),
+            weights=bytes_of(model.parameters()) + bytes_of(model.buffers()),
+            gradients=bytes_of(trained),
+            optimizer=2 * bytes_of(trained),
+            ema=bytes_of(trained) if ema else 0,
+            activations=whole,
+            activations_checkpointed=checkpointed,
+        )
+
+
+def store_frozen_in(model: RewardModel, dtype: torch.dtype) -> None:
+    """Keep a backbone whose own weights do not learn in `dtype`; what learns stays in float32."""
+    if model.config.backbone == "full":
+        return
+    for parameter in model.transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

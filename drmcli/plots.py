@@ -1,0 +1,41 @@
+"""Pictures of results, drawn with matplotlib without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+COLORS = ("#2f5d8a", "#c8553d", "#6a994e", "#8e6c8a", "#bc8034")
+
+
+def accuracy_by_noise(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> None:
+    """Accuracy (%) against noise level; each curve is a list of {sigma, accuracy} and perhaps ci95 = [lo, hi]."""
+    figure = Figure(figsize=(6.4, 4.0), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for (name, rows), color in zip(curves.items(), COLORS):
+        rows = sorted(rows, key=lambda row: row["sigma"])
+        x, y = [r["sigma"] for r in rows], [r["accuracy"] for r in rows]
+        axes.plot(x, y, "o-", color=color, label=name, lw=1.8, ms=5)
+        if all("ci95" in r for r in rows):
+            axes.fill_between(
+                x, [r["ci95"][0] for r in rows], [r["ci95"][1] for r in rows], color=color, alpha=0.15, lw=0
+            )
+    axes.axhline(50, color="0.6", lw=1, ls=":")
+    axes.set(xlabel="noise level sigma (0 clean, 1 pure noise)", ylabel="pair accuracy, %", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Software": "drmcli"})
+
+
+def text_plot(rows: Sequence[Mapping[str, Any]], *, width: int = 40) -> str:
+    """The same for a terminal: a bar a noise level, from 50 % (chance) to 100 %."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["sigma"]):
+        filled = round(max(0.0, min(1.0, (row["accuracy"] - 50) / 50)) * width)
+        lines.append(f"  {row['sigma']:<5g} {'█' * filled}{'·' * (width - filled)} {row['accuracy']:5.1f} %")
+    return "\n".join(lines)

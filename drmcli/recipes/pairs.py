@@ -1,0 +1,280 @@
+"""From what the user names (`shapes`, a published dataset, a file, mixed by ratios) to encoded preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drmcli import cache
+from drmcli.config import package_path
+from drmcli.datasets import read
+from drmcli.errors import DrmError, InputError, RunError
+from drmcli.generator import Generator, PromptEmbeds, pick_dtype
+from drmcli.preferences import Preferences
+from drmcli.reward import RewardModel, score_clean
+from drmcli.run import Reporter, Run, seed_of, write_text
+from drmcli.tiny.shapes import load_shapes
+
+GROUP_PAIRS = 12
+"""Pairs of one prompt that stay together in a batch, so that their pictures are scored once."""
+
+
+class LazyGenerator:
+    """A pipeline that is loaded when first asked for: its VAE and text encoders, or all of it."""
+
+    def __init__(self, ref: str, *, flag: str, **options: Any):
+        self.ref = ref
+        self.flag = flag
+        self.options = options
+        self._loaded: Generator | None = None
+
+    @classmethod
+    def of(cls, config: Any, device: torch.device) -> LazyGenerator:
+        """The generator of a command's config."""
+        return cls(
+            config.generator,
+            flag="--generator",
+            revision=config.revision,
+            device=device,
+            dtype=pick_dtype(config.dtype, device),
+            text_encoder_3=config.text_encoder_3,
+            max_sequence_length=config.max_sequence_length,
+            attention=config.attention,
+        )
+
+    @classmethod
+    def of_reward(cls, reward: RewardModel, dtype: torch.dtype, device: torch.device) -> LazyGenerator:
+        """The pipeline that a reward model was cut from."""
+        c = reward.config
+        return cls(
+            c.base_model,
+            flag="base model of --reward",
+            revision=c.base_revision,
+            device=device,
+            dtype=dtype,
+            text_encoder_3=c.text_encoder_3,
+            max_sequence_length=c.max_sequence_length,
+        )
+
+    def encoders(self) -> Generator:
+        """At least the VAE and the text encoders."""
+        return self._loaded or self._load(("text", "vae"))
+
+    def full(self) -> Generator:
+        """The transformer too."""
+        if self._loaded is None or self._loaded.transformer.device.type == "meta":
+            return self._load(("text", "vae", "transformer"))
+        return self._loaded
+
+    def free(self) -> None:
+        if self._loaded is not None:
+            self._loaded.free()
+            self._loaded = None
+
+    def _load(self, components: tuple[str, ...]) -> Generator:
+        self._loaded = Generator.load(self.ref, components=components, flag=self.flag, **self.options)
+        return self._loaded
+
+
+def parse_ratio(item: str) -> tuple[str, float]:
+    """`NAME=0.3` as name and ratio; a ratio that is not given is 1."""
+    name, mark, ratio = item.rpartition("=")
+    if not mark or Path(package_path(item)).exists():
+        return item, 1.0
+    try:
+        value = float(ratio)
+    except ValueError:
+        return item, 1.0
+    if not value > 0 or value == float("inf"):
+        raise InputError(
+            f"--data {item}: the ratio must be above 0", hint="for example --data hpdv3=0.8 --data my.parquet=0.2"
+        )
+    return name, value
+
+
+def load_preferences(
+    name: str,
+    split: str,
+    config: Any,
+    generator: LazyGenerator,
+    reporter: Reporter,
+    *,
+    flag: str,
+    prompts: int | None = None,
+) -> Preferences:
+    """A dataset by name, or a file by path. `prompts` is how many captions of `shapes` to draw."""
+    if name == "shapes":
+        return load_shapes(
+            split,
+            prompts=prompts or config.shapes_prompts,
+            generated=config.shapes_generated,
+            seed=config.seed if split == "train" else 0,
+            load_generator=generator.full,
+            root=cache.cache_root(config.cache_dir),
+            reporter=reporter,
+        )
+    path = package_path(name)
+    try:
+        return read(path, data_dir=config.data_dir, split=split, allow_outside=config.allow_outside)
+    except DrmError as error:
+        if not error.message.startswith(flag):
+            error.message = f"{flag} {error.message}"
+        raise
+
+
+def strict(data: Preferences) -> Preferences:
+    """The pairs that are no ties."""
+    return data.subset(~data.is_tie) if data.is_tie.any() else data
+
+
+def first_pairs(data: Preferences, count: int) -> Preferences:
+    """The first whole prompts, in the data's order, that make up at least `count` pairs."""
+    if len(data) <= count:
+        return data
+    prompt = data.pairs["prompt"].to_numpy()
+    ends = np.flatnonzero(np.r_[prompt[1:] != prompt[:-1], True])
+    return data.subset(np.arange(ends[np.searchsorted(ends, count - 1)] + 1))
+
+
+class EncodedPairs:
+    """Preference pairs with their encoded pictures and prompts."""
+
+    def __init__(self, data: Preferences, encoded: cache.Encoded):
+        pairs = data.pairs
+        self.data = data
+        self.encoded = encoded
+        self.prompt = pairs["prompt"].to_numpy(np.int64)
+        self.chosen = pairs["chosen"].to_numpy(np.int64)
+        self.rejected = pairs["rejected"].to_numpy(np.int64)
+        self.label = pairs["label"].to_numpy(np.float32)
+        self.weight = pairs["weight"].to_numpy(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def encode_pairs(
+    data: Preferences,
+    config: Any,
+    generator: LazyGenerator,
+    run: Run,
+    *,
+    resolution: int | None,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> tuple[EncodedPairs, list[str], list[str]]:
+    """Encode what is not cached. Bad pictures are named, counted and left out with their pairs.
+
+    Returns the pairs that remain, the bad pictures as "key: reason", and warnings about prompts that were cut. Raises
+    RunError when more than `max_bad` percent are bad, after writing the list to bad_images.txt.
+    """
+
+    def once() -> cache.Encoded:
+        return cache.encode(
+            data.images,
+            data.prompts,
+            generator.encoders,
+            lambda g: (g.fingerprint(("vae",)), g.fingerprint(("text",))),
+            resolution=resolution,
+            root=cache.cache_root(config.cache_dir),
+            batch_size=config.encode_batch_size,
+            reporter=run.reporter,
+            rank=rank,
+            world=world,
+        )
+
+    encoded = once()
+    if world > 1:
+        wait()
+        encoded = once()
+    lost = [f"{fault.key}: {fault.reason}" for fault in encoded.bad]
+    if lost:
+        write_text(run.path("bad_images.txt"), "".join(line + "\n" for line in lost))
+        share = 100 * len(lost) / len(data.images)
+        if share > config.max_bad:
+            raise RunError(
+                f"{data.name}: {len(lost)} of {len(data.images)} images ({share:.1f} %) cannot be read, the first is {lost[0]}",
+                hint=f"see {run.folder / 'bad_images.txt'}; mend them, or raise --max-bad",
+            )
+        run.warn(f"{data.name}: left out {len(lost)} images that cannot be read, the first is {lost[0]}")
+        bad = np.array([key is None for key in encoded.image_keys])
+        pairs = data.pairs
+        fine = ~(bad[pairs["chosen"].to_numpy()] | bad[pairs["rejected"].to_numpy()])
+        data = Preferences(**{**vars(data), "pairs": pairs[fine].reset_index(drop=True)})
+    if (data.pairs["weight"] <= 0).any():  # says nothing about which is better, and a batch of them would have no mean
+        data = Preferences(**{**vars(data), "pairs": data.pairs[data.pairs["weight"] > 0].reset_index(drop=True)})
+    if not len(data.pairs):
+        raise InputError(f"{data.name}: no usable pair is left", hint=f"see {run.folder / 'bad_images.txt'}")
+    cut = sum(generator.encoders().truncated(p) for p in data.prompts)
+    warnings = [
+        f"{data.name}: {cut} of {len(data.prompts)} prompts are longer than the text encoders read; their ends are cut"
+    ]
+    return EncodedPairs(data, encoded), lost, warnings if cut else []
+
+
+class PairStream:
+    """An endless shuffled stream of pair indices; pairs of one prompt come together. Any stretch can be had at any time."""
+
+    def __init__(self, prompt: np.ndarray, seed: int):
+        order = np.argsort(prompt, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(prompt[order]) != 0])
+        runs = np.diff(np.r_[starts, len(order)])
+        pieces = [
+            order[s + i : s + min(i + GROUP_PAIRS, n)]
+            for s, n in zip(starts, runs)
+            for i in range(0, int(n), GROUP_PAIRS)
+        ]
+        self.pieces = pieces
+        self.total = len(prompt)
+        self.seed = seed
+        self._epoch = -1
+        self._pairs = order
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Pairs start .. start + count of the stream."""
+        out = []
+        while count > 0:
+            epoch, offset = divmod(start, self.total)
+            if epoch != self._epoch:
+                rng = np.random.default_rng(seed_of("order", self.seed, epoch))
+                self._pairs = np.concatenate([self.pieces[i] for i in rng.permutation(len(self.pieces))])
+                self._epoch = epoch
+            some = self._pairs[offset : offset + count]
+            out.append(some)
+            start, count = start + len(some), count - len(some)
+        return np.concatenate(out)
+
+
+class PairScorer:
+    """Scores every picture of a set of pairs once a noise level, however many pairs it is in."""
+
+    def __init__(self, pairs: EncodedPairs):
+        both = np.stack([np.r_[pairs.prompt, pairs.prompt], np.r_[pairs.chosen, pairs.rejected]], axis=1)
+        self.items, inverse = np.unique(both, axis=0, return_inverse=True)  # [N, 2] prompt, image
+        inverse = inverse.reshape(-1)
+        self.left, self.right = inverse[: len(pairs)], inverse[len(pairs) :]
+        self.pairs = pairs
+
+    def score(
+        self,
+        model: Callable[[Tensor, float, PromptEmbeds], Tensor],
+        index: np.ndarray,
+        sigmas: list[float],
+        *,
+        noise_samples: int,
+        seed: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Scores [len(index), len(sigmas)] of these items."""
+        prompt, image = self.items[index, 0], self.items[index, 1]
+        unique, where = np.unique(prompt, return_inverse=True)
+        cond = self.pairs.encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
+        latents = self.pairs.encoded.latents(image.tolist()).to(device)
+        texts = [self.pairs.data.prompts[i] for i in prompt]
+        return score_clean(model, latents, cond, texts, sigmas, noise_samples=noise_samples, seed=seed)

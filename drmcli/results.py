@@ -1,0 +1,99 @@
+"""Tables on disk: the Arrow schema of every table that drm writes, part files, and reading them back.
+
+A Parquet file cannot be appended to, so a growing table is a folder of part files, each written whole or not at all.
+Every file carries `drm_schema` (name and version) and `drm_run` in its metadata.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from drmcli.errors import InputError
+from drmcli.run import write_bytes
+
+VERSION = 1
+
+_text, _int, _real, _bool = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+SCHEMAS: dict[str, pa.Schema] = {
+    "pairs": pa.schema(
+        {
+            "dataset": _text, "prompt_id": _text, "pair_id": _text, "prompt": _text, "chosen": _text, "rejected": _text,
+            "label": _real, "sigma": _real, "score_chosen": _real, "score_rejected": _real,
+        }
+    ),
+    "scores": pa.schema(
+        {"dataset": _text, "image": _text, "prompt_id": _text, "prompt": _text, "sigma": _real, "score": _real}
+    ),
+    "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
+    "train_reward_metrics": pa.schema(
+        {
+            "step": _int, "loss": _real, "lr": _real, "grad_norm": _real, "seconds": _real, "accuracy": _real,
+            "score_std": _real, "score_scale": _real, "pairs_per_second": _real,
+        }
+    ),
+    "train_reward_evals": pa.schema({"step": _int, "sigma": _real, "accuracy": _real, "n_pairs": _int}),
+}  # fmt: skip
+
+
+def to_table(
+    name: str, rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]] | pd.DataFrame, run_id: str
+) -> pa.Table:
+    """Rows, columns or a data frame as a table of the named schema. A missing or surplus column is a bug and raises."""
+    schema = SCHEMAS[name]
+    if isinstance(rows, pd.DataFrame):
+        table = pa.Table.from_pandas(rows[schema.names], schema=schema, preserve_index=False)
+    elif isinstance(rows, Mapping):
+        table = pa.table({column: rows[column] for column in schema.names}, schema=schema)
+    else:
+        table = pa.table({column: [row[column] for row in rows] for column in schema.names}, schema=schema)
+    metadata = {"drm_schema": f"{name}/{VERSION}", "drm_run": run_id}
+    return table.replace_schema_metadata(metadata)
+
+
+def write(path: Path, name: str, rows: Any, run_id: str) -> None:
+    """Write one table, whole or not at all."""
+    buffer = io.BytesIO()
+    pq.write_table(to_table(name, rows, run_id), buffer, compression="zstd")
+    write_bytes(path, buffer.getvalue())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table from its file, or from the part files of its folder in order. Raises InputError when there is none."""
+    files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise InputError(f"{path}: there is no table", hint="give a run folder of drm")
+    return pd.concat([pq.read_table(file).to_pandas() for file in files], ignore_index=True)
+
+
+class Parts:
+    """A growing table: rows are collected and written as `part-<number>.parquet`, numbered by the step they reach.
+
+    `drop_after(step)` on resume removes the parts beyond the checkpoint, so that no row is there twice.
+    """
+
+    def __init__(self, folder: Path, name: str, run_id: str):
+        self.folder = folder
+        self.name = name
+        self.run_id = run_id
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+
+    def flush(self, step: int) -> None:
+        """Write what was collected up to this step."""
+        if self.rows:
+            write(self.folder / f"part-{step:06d}.parquet", self.name, self.rows, self.run_id)
+            self.rows = []
+
+    def drop_after(self, step: int) -> None:
+        for file in self.folder.glob("part-*.parquet"):
+            if int(file.stem.removeprefix("part-")) > step:
+                file.unlink()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 COLORS = ("#2f5d8a", "#c8553d", "#6a994e", "#8e6c8a", "#bc8034")
@@ -39,3 +40,19 @@ def text_plot(rows: Sequence[Mapping[str, Any]], *, width: int = 40) -> str:
         filled = round(max(0.0, min(1.0, (row["accuracy"] - 50) / 50)) * width)
         lines.append(f"  {row['sigma']:<5g} {'█' * filled}{'·' * (width - filled)} {row['accuracy']:5.1f} %")
     return "\n".join(lines)
+
+
+def training_curve(path: Path, metrics: pd.DataFrame, *, title: str) -> None:
+    """Loss, and accuracy where there is one, against the step."""
+    figure = Figure(figsize=(6.4, 4.0), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    step = metrics["step"] if "step" in metrics else metrics["update"]
+    axes.plot(step, metrics["loss"], color=COLORS[0], lw=1.6, label="loss")
+    axes.set(xlabel=str(step.name), ylabel="loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    if "accuracy" in metrics:
+        right = axes.twinx()
+        right.plot(step, metrics["accuracy"], color=COLORS[1], lw=1.6)
+        right.set_ylabel("pair accuracy in training, %", color=COLORS[1])
+        right.spines["top"].set_visible(False)
+    figure.savefig(path, metadata={"Software": "drmcli"})

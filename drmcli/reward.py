@@ -235,20 +235,23 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
         return ModelCard(text)
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
-        force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         flag: str = "--reward",
-        **_: Any,
     ) -> RewardModel:
+        """Load a saved reward model from a folder or the hub, frozen and ready to score.
+
+        Raises MissingError (absent, gated, offline) or InputError (damaged, of another kind), each naming `flag`.
+        """
+        model_id = str(pretrained_model_name_or_path)
         where = Path(local_or_hub(model_id, flag))
         with explained(model_id, flag), quiet_libraries():
             if not where.is_dir():

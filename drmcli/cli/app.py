@@ -8,7 +8,7 @@ import sys
 import typer
 
 from drmcli import __version__
-from drmcli.cli import bench, config, demo, doctor, score, train_reward
+from drmcli.cli import bench, config, demo, doctor, score, show, train_reward
 
 app = typer.Typer(
     name="drm",
@@ -23,6 +23,7 @@ app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("train-reward", rich_help_panel=MEASURE)(train_reward.train_reward)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.command("score", rich_help_panel=MEASURE)(score.score)
+app.command("show", rich_help_panel=INSPECT)(show.show)
 app.add_typer(config.app, name="config", rich_help_panel=INSPECT)
 app.command("doctor", rich_help_panel=INSPECT)(doctor.doctor)
 

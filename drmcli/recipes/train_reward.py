@@ -58,6 +58,7 @@ from drmcli.run import (
     write_text,
 )
 from drmcli.stats import Pairs, accuracy
+from drmcli.tiny.shapes import GROUP
 
 
 def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
@@ -630,6 +631,13 @@ class Window:
         return row
 
 
+def pictures_in(config: TrainReward, pairs: int) -> int:
+    """Pictures in a micro-batch of so many pairs: two a pair, but rankings share theirs, as those of `shapes` surely do."""
+    if all(parse_ratio(item)[0] == "shapes" for item in config.data):
+        return math.ceil(pairs * GROUP / math.comb(GROUP, 2))
+    return 2 * pairs
+
+
 def plan(config: TrainReward) -> dict[str, Any]:
     """What `--dry-run` prints: sizes, memory with and without gradient checkpointing, what would be downloaded."""
     from drmcli.recipes.plan import describe_generator
@@ -652,7 +660,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
     side = (config.resolution or known.image_size) // known.vae_factor
     memory = plan_training(
         settings,
-        images=2 * pairs,
+        images=pictures_in(config, pairs),
         latent_side=side,
         tokens=known.prompt_tokens,
         mixed=pick_dtype(config.dtype, device),
@@ -663,6 +671,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
         "steps": config.steps,
         "pairs a step": config.batch_size,
         "micro-batches a step": rounds,
+        "pictures a micro-batch, at most": pictures_in(config, pairs),
         "image tokens": (side // int(known.transformer["patch_size"])) ** 2,
         "blocks kept": int(known.transformer["num_layers"]) - config.drop_layers,
         "memory": memory.to_dict()

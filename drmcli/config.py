@@ -69,7 +69,7 @@ class Data:
     """Folder that holds a published dataset in its published layout."""
     shapes_prompts: Positive = 1200
     """Captions of the procedural dataset `shapes`, four pictures each."""
-    shapes_generated: Share = 0.15
+    shapes_generated: Share = 0.1
     """Share of these captions whose pictures are the generator's own samples."""
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Percent of damaged or missing images above which the run stops."""
@@ -175,6 +175,8 @@ class Bench(Common, Data):
     """Noise levels to score at; the first is the headline."""
     noise_samples: Positive = 1
     """Noise draws an image, averaged."""
+    shared_noise: bool = False
+    """The pictures of a prompt share their noise: easier at high noise levels than what a sampler's candidates are."""
     pairs: Positive | None = None
     """Pairs to evaluate, whole prompts in the data's order; None is all."""
     batch_size: Positive = 64
@@ -297,7 +299,11 @@ def build(cls: type[C], values: dict[str, Any], sources: dict[str, Any] | None =
 
 def describe(cls: type) -> dict[str, str]:
     """The line below each field of a config."""
-    return {name: info.description or "" for name, info in cls.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__):  # pydantic reads the lines of each class for itself
+        for name, info in part.__dict__.get("__pydantic_fields__", {}).items():
+            found[name] = info.description or found.get(name, "")
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class Generator:
         """
         where = local_or_hub(ref, flag)
         with explained(ref, flag), quiet_libraries():
+            reach(where, revision)
             index = StableDiffusion3Pipeline.load_config(where, revision=revision)
             kind = index.get("_class_name")
             if kind != "StableDiffusion3Pipeline":
@@ -260,10 +261,17 @@ class Generator:
             torch.cuda.empty_cache()
 
 
+def reach(where: str, revision: str | None) -> Path:
+    """A model's index file: of a folder, or fetched from the hub, which says exactly what is wrong when it cannot be had."""
+    if Path(where).is_dir():
+        return Path(where) / "model_index.json"
+    return Path(hf_hub_download(where, "model_index.json", revision=revision))
+
+
 def _hub_commit(ref: str, revision: str | None) -> str:
     """The commit of a hub model's cached snapshot: the name of its snapshot folder."""
     with explained(ref, "--generator"):
-        return Path(hf_hub_download(ref, "model_index.json", revision=revision)).parent.name
+        return reach(ref, revision).parent.name
 
 
 def _head_and_tail(file: Path, span: int = 1 << 22) -> bytes:

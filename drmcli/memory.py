@@ -90,10 +90,12 @@ def plan_training(
 
     mixed: the autocast dtype (float32 for none). Frozen backbones are kept in it, trained weights in float32.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = RewardModel(config, SD3Transformer2DModel.from_config(config.transformer))
         model.set_trainable()
-        store_frozen_in(model, mixed)
+    store_frozen_in(model, mixed)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _make_fake(model)
         channels = int(config.transformer["in_channels"])
         latents = torch.randn(images, channels, latent_side, latent_side)
         cond = PromptEmbeds(
@@ -123,6 +125,18 @@ def plan_training(
             activations=whole,
             activations_checkpointed=checkpointed,
         )
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Tensors of the meta device as fake ones of the CPU, whose kernels keep what real ones would."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def store_frozen_in(model: RewardModel, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ transformer width, F head width, T tapped blocks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -24,11 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drmcli import __version__
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, RunError
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, explained, quiet_libraries
+from drmcli.generator import Generator, PromptEmbeds, explained, quiet_libraries, reach
 from drmcli.run import seed_of
 
 LORA_TARGETS = (
@@ -146,6 +146,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         """
         where = local_or_hub(ref, flag)
         with explained(ref, flag), quiet_libraries():
+            reach(where, revision)
             full = dict(SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision))
             torch.manual_seed(seed_of("reward", seed))
             if init == "random":
@@ -202,7 +203,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         folder = Path(save_directory)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.saved_tensors().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "drmcli": __version__})
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         from huggingface_hub import ModelCard
@@ -286,7 +287,8 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
             model = cls(config, transformer)
             model.set_trainable()
         model.load_tensors(tensors, f"{flag} {model_id}")
-        model.transformer.to(dtype)
+        if dtype != torch.float32:
+            model.transformer.to(dtype)
         return model.eval().requires_grad_(False).to(device)
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
@@ -400,7 +402,8 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
             some = list(prompts[i : i + batch_size])
             latents = generator.encode_images(images[i : i + batch_size], self.config.resolution)
             cond = embeds[torch.tensor([unique[p] for p in some], device=latents.device)]
-            out.append(score_clean(self, latents, cond, some, sigmas, noise_samples=noise_samples, seed=seed))
+            keys = [hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() for image in images[i : i + batch_size]]
+            out.append(score_clean(self, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed))
         return torch.cat(out)
 
 
@@ -409,20 +412,19 @@ def score_clean(
     model: Callable[[Tensor, float, PromptEmbeds], Tensor],
     latents: Tensor,
     cond: PromptEmbeds,
-    prompts: Sequence[str],
+    keys: Sequence[str],
     sigmas: Sequence[float],
     *,
     noise_samples: int,
     seed: int,
 ) -> Tensor:
-    """Scores [B, len(sigmas)] of clean latents, noised with each prompt's own fixed noise, averaged over the draws.
+    """Scores [B, len(sigmas)] of clean latents, noised and averaged over the draws. See `keyed_noise` for the B keys.
 
-    The noise depends on prompt, seed and draw alone: pictures of one prompt share it, and no score depends on its batch.
     Raises RunError for a score that is not finite.
     """
     scores = torch.zeros(len(latents), len(sigmas), device=latents.device)
     for draw in range(noise_samples if any(s > 0 for s in sigmas) else 1):
-        noise = prompt_noise(prompts, latents.shape[1:], seed=seed, draw=draw).to(latents.device)
+        noise = keyed_noise(keys, latents.shape[1:], seed=seed, draw=draw).to(latents.device)
         for j, sigma in enumerate(sigmas):
             if sigma > 0:
                 scores[:, j] += model(add_noise(latents, noise, sigma), sigma, cond) / noise_samples
@@ -433,14 +435,17 @@ def score_clean(
     return scores
 
 
-def prompt_noise(prompts: Sequence[str], shape: Sequence[int], *, seed: int, draw: int) -> Tensor:
-    """Gaussian noise [B, *shape] that depends on each prompt, the seed and the draw, drawn once a distinct prompt."""
+def keyed_noise(keys: Sequence[str], shape: Sequence[int], *, seed: int, draw: int) -> Tensor:
+    """Gaussian noise [B, *shape] that depends on each key, the seed and the draw, and so never on the batch.
+
+    A picture's key names its content: two pictures of a prompt have noise of their own, as a sampler's candidates have.
+    """
     unique: dict[str, Tensor] = {}
-    for prompt in prompts:
-        if prompt not in unique:
-            rng = torch.Generator().manual_seed(seed_of("noise", seed, draw, prompt))
-            unique[prompt] = torch.randn(tuple(shape), generator=rng)
-    return torch.stack([unique[prompt] for prompt in prompts])
+    for key in keys:
+        if key not in unique:
+            rng = torch.Generator().manual_seed(seed_of("noise", seed, draw, key))
+            unique[key] = torch.randn(tuple(shape), generator=rng)
+    return torch.stack([unique[key] for key in keys])
 
 
 def read_config(folder: Path, where: str) -> RewardConfig:

@@ -7,6 +7,7 @@ A run is a folder with the resolved config, an environment snapshot, a log, metr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -242,6 +243,8 @@ def guarded(path: Path, *, flag: str | None = None) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{where}: a part of this path is a file", hint="choose another --out") from None
     except OSError as error:
+        if flag and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise InputError(f"{where}: cannot be written: {error.strerror}", hint="choose another --out") from None
         hint = "make room (or choose another --out) and run the same command again; what was finished is kept"
         raise RunError(f"{where}: cannot write: {error.strerror or error}", hint=hint) from error
 

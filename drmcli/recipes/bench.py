@@ -102,7 +102,13 @@ def score_items(
     for start in range(done, total, config.batch_size):
         index = np.arange(start, min(start + config.batch_size, total))
         some = scorer.score(
-            reward, index, config.sigmas, noise_samples=config.noise_samples, seed=config.seed, device=device
+            reward,
+            index,
+            config.sigmas,
+            noise_samples=config.noise_samples,
+            seed=config.seed,
+            device=device,
+            shared_noise=config.shared_noise,
         )
         scores[index] = some.double().cpu().numpy()
         done = int(index[-1]) + 1

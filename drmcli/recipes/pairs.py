@@ -270,11 +270,15 @@ class PairScorer:
         noise_samples: int,
         seed: int,
         device: torch.device,
+        shared_noise: bool = False,
     ) -> Tensor:
-        """Scores [len(index), len(sigmas)] of these items."""
+        """Scores [len(index), len(sigmas)] of these items. shared_noise: the pictures of a prompt have one noise."""
         prompt, image = self.items[index, 0], self.items[index, 1]
         unique, where = np.unique(prompt, return_inverse=True)
         cond = self.pairs.encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
         latents = self.pairs.encoded.latents(image.tolist()).to(device)
-        texts = [self.pairs.data.prompts[i] for i in prompt]
-        return score_clean(model, latents, cond, texts, sigmas, noise_samples=noise_samples, seed=seed)
+        if shared_noise:
+            keys = [self.pairs.data.prompts[i] for i in prompt]
+        else:
+            keys = [self.pairs.encoded.image_keys[i] or "" for i in image]
+        return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from drmcli.config import local_or_hub
-from drmcli.generator import explained, quiet_libraries
+from drmcli.generator import explained, quiet_libraries, reach
 
 CLIP_TOKENS = 77
 """Tokens of CLIP where the tokenizer's config does not say."""
@@ -34,9 +34,9 @@ def describe_generator(config: Any) -> Known:
     """Read the configs of config.generator: a few kilobytes, also from the hub."""
     where = local_or_hub(config.generator, "--generator")
     with explained(config.generator, "--generator"), quiet_libraries():
+        reach(where, config.revision)
         transformer = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=config.revision)
         vae = AutoencoderKL.load_config(where, subfolder="vae", revision=config.revision)
-        StableDiffusion3Pipeline.load_config(where, revision=config.revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return Known(
         transformer={k: v for k, v in transformer.items() if not k.startswith("_")},

@@ -63,7 +63,7 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
                     reward,
                     latents,
                     cond,
-                    [prompts[i]],
+                    [config.images[i]],
                     config.sigmas,
                     noise_samples=config.noise_samples,
                     seed=config.seed,

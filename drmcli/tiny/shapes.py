@@ -34,7 +34,7 @@ SHARPNESS = 12.0
 MIN_GAP = 0.03
 """Judge difference below which a held-out pair is left out."""
 SAMPLE_STEPS = 8
-VERSION = 1
+VERSION = 5
 
 
 def load_shapes(

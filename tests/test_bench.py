@@ -1,0 +1,231 @@
+"""bench, score, show and demo, from end to end on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_pairs
+from safetensors.torch import save_file
+
+from drmcli.config import resolve
+from drmcli.errors import Interrupted
+from drmcli.recipes import bench
+from drmcli.results import read
+from drmcli.reward import RewardModel
+from drmcli.run import Interruptions, Silent
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+KEYS = {
+    "command", "run", "seed", "device", "dtype", "seconds", "dataset", "split", "protocol", "n_prompts", "n_pairs", "n_ties",
+    "n_skipped", "accuracy", "ci95", "protocols", "by_sigma", "n_images_scored",
+}  # fmt: skip
+
+
+def run(reward: Path, out: Path, **flags: object) -> dict:
+    base = {"reward": str(reward), "out": str(out), "shapes_generated": 0.0}
+    return bench.run(resolve("bench", flags=base | flags), Silent())
+
+
+def ranking(folder: Path, ranks: list[list[int]]) -> Path:
+    """A file of rankings whose pictures are those of write_pairs, four a prompt, the first list's shared by all."""
+    file = write_pairs(folder, 2)
+    rows = [
+        {
+            "prompt": f"a large red circle {place}",
+            "images": ["0-a.png", "0-b.png", "1-a.png", "1-b.png"],
+            "ranking": rank,
+        }
+        for place, rank in zip(("on the left", "on the right", "at the top"), ranks)
+    ]
+    target = file.with_name("ranking.jsonl")
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
+def test_shapes(reward_folder: Path, tmp_path: Path) -> None:
+    summary = run(reward_folder, tmp_path / "run", pairs=30, sigmas=[0.25, 0.75])
+    assert summary.keys() >= KEYS
+    assert summary["n_pairs"] >= 30
+    assert [row["sigma"] for row in summary["by_sigma"]] == [0.25, 0.75]
+    assert summary["by_sigma"][0]["accuracy"] == summary["accuracy"]
+    lo, hi = summary["ci95"]
+    assert lo < summary["accuracy"] < hi
+    assert (tmp_path / "run" / "accuracy_by_noise.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_tables_carry_schema_and_run(reward_folder: Path, tmp_path: Path) -> None:
+    summary = run(reward_folder, tmp_path / "run", pairs=12, sigmas=[0.25, 0.5])
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    for name in ("pairs", "scores"):
+        metadata = pq.read_schema(tmp_path / "run" / f"{name}.parquet").metadata
+        assert metadata[b"drm_schema"].decode() == f"{name}/1"
+        assert metadata[b"drm_run"].decode() == env["run_id"]
+    pairs, scores = read(tmp_path / "run" / "pairs.parquet"), read(tmp_path / "run" / "scores.parquet")
+    assert len(pairs) == 2 * summary["n_pairs"]
+    assert len(scores) == 2 * summary["n_images_scored"]
+    by_hand = (pairs["score_chosen"] > pairs["score_rejected"])[pairs["sigma"] == 0.25].mean() * 100
+    assert by_hand == pytest.approx(summary["accuracy"])
+    known = scores.set_index(["image", "prompt_id", "sigma"])["score"]
+    row = pairs.iloc[-1]
+    assert known[(row["chosen"], row["prompt_id"], row["sigma"])] == row["score_chosen"]
+
+
+def test_each_picture_is_encoded_and_scored_once(
+    reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four pictures under three prompts: 4 encoded, 4 x 3 scored at each of two levels, for 18 pairs of 36 sides."""
+    from drmcli.generator import Generator
+
+    count: Counter[str] = Counter()
+    encode, score = Generator.encode_images, RewardModel.score
+
+    def counted_encode(self, images, *args):
+        count["encoded"] += len(images)
+        return encode(self, images, *args)
+
+    def counted_score(self, latents, *args):
+        count["scored"] += len(latents)
+        return score(self, latents, *args)
+
+    monkeypatch.setattr(Generator, "encode_images", counted_encode)
+    monkeypatch.setattr(RewardModel, "forward", counted_score)
+    file = ranking(tmp_path / "data", [[1, 2, 3, 4], [4, 3, 2, 1], [1, 2, 3, 4]])
+    cache = str(tmp_path / "cache")
+    summary = run(reward_folder, tmp_path / "run", dataset=str(file), sigmas=[0.25, 0.75], cache_dir=cache)
+    assert summary["n_pairs"] == 18
+    assert count == {"encoded": 4, "scored": 24}
+    assert summary["n_images_scored"] == 12
+    run(reward_folder, tmp_path / "again", dataset=str(file), sigmas=[0.25], cache_dir=cache)
+    assert count["encoded"] == 4
+
+
+def test_ties_are_counted(reward_folder: Path, tmp_path: Path) -> None:
+    """[1, 1, 2, 3] has one tied pair of six, [1, 1, 1, 1] six of six."""
+    file = ranking(tmp_path / "data", [[1, 1, 2, 3], [1, 1, 1, 1]])
+    summary = run(reward_folder, tmp_path / "run", dataset=str(file), sigmas=[0.25])
+    assert (summary["n_pairs"], summary["n_ties"], summary["n_prompts"]) == (12, 7, 2)
+
+
+def test_a_constant_model(reward_folder: Path, tmp_path: Path) -> None:
+    """Equal scores everywhere: 0 % where a tie is wrong, 50 % where it is half."""
+    model = RewardModel.from_pretrained(reward_folder)
+    with torch.no_grad():
+        model.head.score[2].weight.zero_()
+    model.save_pretrained(tmp_path / "constant")
+    summary = run(tmp_path / "constant", tmp_path / "run", pairs=12, sigmas=[0.25])
+    assert summary["accuracy"] == 0
+    assert summary["protocols"]["ties-half"] == 50
+    assert summary["n_predicted_ties"] == summary["n_pairs"]
+
+
+def test_interrupted_goes_on(reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"pairs": 30, "sigmas": [0.25, 0.75], "batch_size": 8}
+    whole = run(reward_folder, tmp_path / "whole", **flags)
+    enter, scored = Interruptions.__enter__, []
+    score = bench.PairScorer.score
+
+    def asked(self: Interruptions) -> Interruptions:
+        self.asked = True
+        return enter(self)
+
+    def counted(self, model, index, *args, **kwargs):
+        scored.extend(index.tolist())
+        return score(self, model, index, *args, **kwargs)
+
+    monkeypatch.setattr(bench.PairScorer, "score", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruptions, "__enter__", asked)
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                run(reward_folder, tmp_path / "parts", **flags)
+    parts = run(reward_folder, tmp_path / "parts", **flags)
+    assert sorted(scored) == list(range(whole["n_images_scored"])), "nothing twice, nothing left out"
+    assert parts["accuracy"] == whole["accuracy"]
+    a, b = read(tmp_path / "whole" / "scores.parquet"), read(tmp_path / "parts" / "scores.parquet")
+    assert a.equals(b)
+    assert not (tmp_path / "parts" / "partial").exists()
+
+
+def test_a_damaged_image_leaves_every_denominator(reward_folder: Path, tmp_path: Path) -> None:
+    """One of four pictures under three prompts is broken: each prompt keeps 3 of 6 pairs."""
+    file = ranking(tmp_path / "data", [[1, 2, 3, 4], [4, 3, 2, 1], [1, 2, 3, 4]])
+    (file.parent / "0-b.png").write_bytes(b"nonsense")
+    summary = run(reward_folder, tmp_path / "run", dataset=str(file), sigmas=[0.25], max_bad=30.0)
+    assert (summary["n_pairs"], summary["n_skipped"]) == (9, 9)
+    assert len(summary["bad_images"]) == 1
+    assert summary["bad_images"][0].startswith("0-b.png: ")
+
+
+@pytest.mark.skipif(not (REAL / "ocean_1.webp").exists(), reason="the real pictures are not there")
+def test_real_pictures(tmp_path: Path, drm) -> None:
+    """A real ranking of four real pictures runs from end to end; the tiny model's accuracy there means nothing."""
+    prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
+    names = [f"ocean_{i}.webp" for i in (1, 2, 3, 4)]
+    for name in names:
+        shutil.copy(REAL / name, tmp_path / name)
+    file = tmp_path / "ocean.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "images": names, "ranking": [1, 2, 3, 4]}) + "\n")
+    result = drm("bench", "--dataset", file, "--json", "--sigma", "0.25")
+    assert result.code == 0, result.err
+    assert (result.json["n_pairs"], result.json["n_prompts"]) == (6, 1)
+    assert "longer than the text encoders read" in result.err
+    scored = drm("score", *(tmp_path / name for name in names), "--prompt", prompt, "--json", "--sigmas", "0,0.5")
+    assert len(scored.json["scores"]) == 8
+
+
+def test_score_command(reward_folder: Path, tmp_path: Path, drm) -> None:
+    """A picture and its own clean latents are one at level 0; noisy latents are scored at their own level."""
+    file = write_pairs(tmp_path / "data", 1)
+    picture, prompt = file.parent / "0-a.png", json.loads(file.read_text())["prompt"]
+    model = RewardModel.from_pretrained(reward_folder)
+    from PIL import Image
+
+    latents = model.generator().encode_images([Image.open(picture).convert("RGB")])
+    save_file({"latents": latents[0].contiguous()}, tmp_path / "clean.safetensors")
+    save_file({"latents": latents[0].contiguous()}, tmp_path / "noisy.safetensors", metadata={"sigma": "0.5"})
+    paths = [picture, tmp_path / "clean.safetensors", tmp_path / "noisy.safetensors"]
+    result = drm("score", *paths, "--prompt", prompt, "--reward", reward_folder, "--sigmas", "0,0.25", "--json")
+    assert result.code == 0, result.err
+    rows = result.json["scores"]
+    assert [row["sigma"] for row in rows] == [0, 0.25, 0, 0.25, 0.5]
+    assert rows[0]["score"] == pytest.approx(rows[2]["score"], abs=1e-5)
+    cond = model.generator().encode_prompts([prompt])
+    assert rows[4]["score"] == pytest.approx(model.score(latents, 0.5, cond).item(), abs=1e-5)
+
+
+def test_show_reports_any_run(reward_folder: Path, tmp_path: Path, drm) -> None:
+    run(reward_folder, tmp_path / "run", pairs=12, sigmas=[0.25])
+    result = drm("show", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "strict" in result.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "accuracy_by_noise.png" in page
+    assert "<script" not in page
+
+
+def test_demo_tells_the_whole_story(tmp_path: Path, drm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two steps a model, in seconds; the second time it is already told."""
+    from drmcli.recipes import demo as recipe
+
+    original = recipe.resolve
+
+    def small(command: str, flags: dict) -> object:
+        less = {"shapes_prompts": 16, "shapes_generated": 0.0}
+        more = {"eval_pairs": 12} if command == "train-reward" else {"pairs": 12}
+        return original(command, flags=flags | less | more)
+
+    monkeypatch.setattr(recipe, "resolve", small)
+    result = drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json")
+    assert result.code == 0, result.err
+    page = Path(result.json["report"]).read_text()
+    assert page.count("<img") >= 1 + 4 * recipe.EXAMPLES
+    assert np.isfinite(result.json["bench"]["accuracy"])
+    assert drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").json == result.json

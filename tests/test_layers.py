@@ -1,0 +1,106 @@
+"""Who may import whom, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import drmcli
+
+ROOT = Path(drmcli.__file__).parent
+PLAIN = {"errors", "config", "run", "results", "stats", "published", "images", "archives", "preferences", "published_layouts",
+         "datasets", "report", "plots", "__init__", "tiny.world", "tiny.judge"}  # fmt: skip
+"""Modules that do without torch."""
+MODELS = {"generator", "reward", "memory", "scheduler", "tiny.build", "tiny.shapes"}
+"""Modules that may see diffusers and transformers, besides the recipes."""
+
+
+def modules() -> dict[str, ast.Module]:
+    return {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts): ast.parse(f.read_text())
+        for f in sorted(ROOT.rglob("*.py"))
+    }
+
+
+def imports(tree: ast.AST, *, top: bool = False) -> set[str]:
+    """Imported modules; with `top` only those outside functions."""
+    nodes = ast.walk(tree) if not top else _outside_functions(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _outside_functions(tree: ast.AST):
+    for child in ast.iter_child_nodes(tree):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from _outside_functions(child)
+
+
+def uses(found: set[str], package: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for name in found)
+
+
+def test_plain_modules_import_no_torch_and_only_each_other() -> None:
+    for name, tree in modules().items():
+        if name in PLAIN:
+            found = imports(tree)
+            assert not any(uses(found, heavy) for heavy in ("torch", "diffusers", "transformers", "accelerate")), name
+            ours = {m.removeprefix("drmcli.") for m in found if m.startswith("drmcli.")}
+            assert all(any(m == p or m.startswith(p + ".") for p in PLAIN | {"tiny", "presets"}) for m in ours), (
+                name,
+                ours,
+            )
+
+
+def test_flow_and_losses_import_torch_alone() -> None:
+    for name in ("flow", "losses"):
+        found = {m.split(".")[0] for m in imports(modules()[name])}
+        assert found <= {"__future__", "collections", "dataclasses", "math", "torch"}, name
+
+
+def test_only_models_and_recipes_see_diffusers() -> None:
+    for name, tree in modules().items():
+        found = imports(tree)
+        if uses(found, "diffusers") or uses(found, "transformers"):
+            assert name in MODELS or name.startswith("recipes."), name
+
+
+def test_accelerate_is_seen_in_recipes_alone() -> None:
+    for name, tree in modules().items():
+        assert not uses(imports(tree), "accelerate") or name.startswith("recipes."), name
+
+
+def test_typer_and_rich_are_seen_in_the_command_line_alone() -> None:
+    for name, tree in modules().items():
+        found = imports(tree)
+        assert not (uses(found, "typer") or uses(found, "rich")) or name.startswith("cli."), name
+        assert not uses(found, "click"), name
+
+
+def test_the_command_line_imports_recipes_late() -> None:
+    for name, tree in modules().items():
+        if name.startswith("cli"):
+            assert not uses(imports(tree, top=True), "drmcli.recipes"), name
+
+
+def test_only_the_command_line_prints() -> None:
+    for name, tree in modules().items():
+        calls = [
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
+        ]
+        assert not calls or name.startswith("cli") or name == "tiny.build", name
+
+
+def test_nothing_unpickles() -> None:
+    for name, tree in modules().items():
+        found = imports(tree)
+        assert not uses(found, "pickle"), name
+        assert "trust_remote_code" not in ast.dump(tree), name
+        assert "torch.load" not in ast.unparse(tree), name

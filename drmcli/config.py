@@ -204,6 +204,58 @@ class Score(Common):
 
 
 @dataclass(config=strict, kw_only=True)
+class Sample(Common):
+    """`drm sample`."""
+
+    reward: str = ""
+    """Reward model: a folder or a hub id; `none` samples without one. Empty: the preset's."""
+    prompts: list[str] = Field(default_factory=list)
+    """What to draw."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    num_images: Positive = 1
+    """Pictures a prompt, with the seeds seed, seed + 1, ..."""
+    mode: Literal["plain", "best-of-n", "stepwise", "beam", "halving", "smc"] = "plain"
+    """How the reward model is used while sampling."""
+    beams: Positive = 4
+    """Candidates a step of stepwise and beam; trajectories of best-of-n, halving and smc."""
+    keep: Positive = 2
+    """Particles that beam keeps."""
+    steps: Positive = 10
+    """Steps from noise to picture."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance; 1 is without."""
+    step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] | None = None
+    """Step; None is cps where the mode needs noise, else ode."""
+    noise_level: Annotated[float, Field(ge=0, le=2)] = 0.9
+    """Noise of the step rule: a of flow-sde and cps, eta of dance-sde."""
+    branch_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 1.0], min_length=2, max_length=2)
+    """Steps that start at a noise level within make several candidates."""
+    branch_steps: list[NonNegative] | None = None
+    """First and last step, counted from 0, that make several candidates."""
+    score_at: Literal["noisy", "clean"] = "noisy"
+    """Score candidates at their own noise level, or their predicted clean latents."""
+    correct_noise: bool = False
+    """Score what an SDE step leaves at the noise level that it really has."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of smc."""
+    lora: str | None = None
+    """LoRA of the transformer, as diffusers saves it."""
+    height: Positive | None = None
+    """Pixels; None is the generator's own."""
+    width: Positive | None = None
+    """Pixels; None is the generator's own."""
+    max_pixels: Positive = 4_194_304
+    """Largest picture, pixels."""
+    batch_size: Positive = 8
+    """Pictures drawn at once."""
+    max_batch: Positive = 64
+    """Latents in one forward pass; halved when memory does not suffice."""
+    trace: bool = False
+    """Draw the tree of candidates."""
+
+
+@dataclass(config=strict, kw_only=True)
 class Demo:
     """`drm demo`."""
 
@@ -221,7 +273,13 @@ class Demo:
     """Empty the run folder first."""
 
 
-COMMANDS: dict[str, type] = {"train-reward": TrainReward, "bench": Bench, "score": Score, "demo": Demo}
+COMMANDS: dict[str, type] = {
+    "train-reward": TrainReward,
+    "bench": Bench,
+    "score": Score,
+    "sample": Sample,
+    "demo": Demo,
+}
 C = TypeVar("C")
 
 

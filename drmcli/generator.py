@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
@@ -230,6 +230,61 @@ class Generator:
         pixels = self.preprocess(images, resolution).to(self.device, vae.dtype)
         latents = vae.encode(pixels).latent_dist.mode().float()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def sigmas(self, num_inference_steps: int) -> Tensor:
+        """Noise levels [n + 1] from 1 to 0 of the pipeline's own scheduler, float32 on the CPU."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
+        if scheduler.config.use_dynamic_shifting:
+            raise InputError(
+                f"--generator {self.ref}: its scheduler shifts with the resolution",
+                hint="set use_dynamic_shifting to false",
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.sigmas.float()
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        cond: PromptEmbeds,
+        negative: PromptEmbeds | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """v [B, C, H, W], float32, of latents at noise level sigma (one, or [B]).
+
+        With `negative` and a guidance_scale w other than 1: v_u + w (v_c - v_u), both in one batch.
+        """
+        dtype = self.transformer.pos_embed.proj.weight.dtype
+        guided = negative is not None and guidance_scale != 1.0
+        timestep = 1000.0 * torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
+        x, embeds, pooled = latents.to(dtype), cond.prompt_embeds, cond.pooled_prompt_embeds
+        if guided:
+            assert negative is not None
+            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+            embeds = torch.cat([negative.prompt_embeds.expand_as(embeds), embeds])
+            pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
+        v = self.transformer(x, embeds.to(dtype), pooled.to(dtype), timestep, return_dict=False)[0].float()
+        if not guided:
+            return v
+        unconditional, conditional = v.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of clean latents [B, C, H, W]."""
+        vae = self.pipe.vae
+        z = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pil")
+
+    def load_lora(self, folder: str, flag: str = "--lora") -> None:
+        """Put a LoRA of the transformer on, saved as diffusers saves it. Raises InputError for one that changes nothing."""
+        path = local_or_hub(folder, flag)
+        with explained(folder, flag), quiet_libraries():
+            self.pipe.load_lora_weights(path, use_safetensors=True)
+        if not any("lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise InputError(
+                f"{flag} {folder}: holds no weights for the transformer", hint="save it with save_lora_weights"
+            )
 
     def fingerprint(self, parts: Sequence[str]) -> str:
         """A short hash of what the named parts ("vae", "text") compute: their weights' content and settings that matter."""

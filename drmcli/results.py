@@ -31,6 +31,17 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scores": pa.schema(
         {"dataset": _text, "image": _text, "prompt_id": _text, "prompt": _text, "sigma": _real, "score": _real}
     ),
+    "images": pa.schema(
+        {
+            "image_id": _text, "prompt_id": _text, "prompt": _text, "seed": _int, "path": _text, "score": _real, "mode": _text,
+        }
+    ),
+    "candidates": pa.schema(
+        {
+            "prompt_id": _text, "image_id": _text, "prompt": _text, "seed": _int, "step": _int, "sigma": _real,
+            "sigma_next": _real, "candidate": _int, "score": _real, "kept": _bool,
+        }
+    ),
     "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
     "train_reward_metrics": pa.schema(
         {

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from drmcli import __version__
-from drmcli.cli import bench, config, demo, doctor, score, show, train_reward
+from drmcli.cli import bench, config, demo, doctor, sample, score, show, train_reward
 
 app = typer.Typer(
     name="drm",
@@ -18,11 +18,12 @@ app = typer.Typer(
     help="Diffusion-based reward models: train them, measure them, use them.\n\n"
     "Everything works at once on a tiny embedded model, with no download and no GPU: try [bold]drm demo[/].",
 )
-START, MEASURE, INSPECT = "Start", "Train and measure", "Look around"
+START, MEASURE, USE, INSPECT = "Start", "Train and measure", "Use", "Look around"
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("train-reward", rich_help_panel=MEASURE)(train_reward.train_reward)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.command("score", rich_help_panel=MEASURE)(score.score)
+app.command("sample", rich_help_panel=USE)(sample.sample)
 app.command("show", rich_help_panel=INSPECT)(show.show)
 app.add_typer(config.app, name="config", rich_help_panel=INSPECT)
 app.command("doctor", rich_help_panel=INSPECT)(doctor.doctor)

@@ -99,6 +99,27 @@ def score(s: dict[str, Any]) -> None:
     console.print(f"{s['noise_samples']} noise draws a score; table: {s['run']}", markup=False)
 
 
+def sample(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table(f"{s['mode']}, {s['steps']} steps of {s['step_rule']}", "picture", "score", "seed", "prompt")
+    for row in s["images"][:24]:
+        made.add_row(
+            row["path"], "" if row["score"] is None else f"{row['score']:+.3f}", str(row["seed"]), row["prompt"]
+        )
+    console.print(made)
+    if len(s["images"]) > 24:
+        console.print(f"... and {len(s['images']) - 24} more")
+    spread = "" if s["mean_spread"] is None else f", mean spread of a step's candidates {s['mean_spread']:.3f}"
+    memory = "" if s["peak_memory_gib"] is None else f", peak memory {s['peak_memory_gib']:.1f} GiB"
+    console.print(
+        f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['cost']:g} generator-equivalents a picture{spread}"
+    )
+    console.print(
+        f"{s['images_per_second']:g} pictures/s, {s['seconds']:.0f} s on {s['device']}{memory}; grid: {s['grid']}",
+        markup=False,
+    )
+
+
 def demo(s: dict[str, Any]) -> None:
     console = stdout()
     made = table("the same budget, two starts: accuracy on held-out pairs", "noise level", "pre-trained", "random")
@@ -112,5 +133,6 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "train-reward": train_reward,
     "bench": bench,
     "score": score,
+    "sample": sample,
     "demo": demo,
 }

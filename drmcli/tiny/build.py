@@ -1,8 +1,8 @@
-"""Make the embedded world's models from nothing: `python -m drmcli.tiny.build --out FOLDER`.
+"""Make the embedded world's models from nothing: `python -m drmcli.tiny.build [--out FOLDER]`.
 
 A real StableDiffusion3Pipeline, only small: two CLIP text encoders that learn to read captions, a VAE, and an SD3
 transformer trained by flow matching (Esser et al. 2024, arXiv 2403.03206) on pictures of which half are flawed, so that
-alignment has room. Only captions of the train split are seen. Saved as safetensors only.
+alignment has room; and a reward model on top of it. Only captions of the train split are seen. Saved as safetensors only.
 
 The same seed and the same number of threads give the same weights on the same machine.
 """
@@ -255,34 +255,24 @@ def train_transformer(
 
 
 @torch.no_grad()
-def report(
-    pipe: StableDiffusion3Pipeline, log, *, guidance=(1.0, 4.0), prompts: int = 96, save: Path | None = None
-) -> None:
+def report(pipe: StableDiffusion3Pipeline, log, *, guidance=(1.0, 4.0), prompts: int = 96) -> None:
     """Judge of plain samples on val captions, 20 steps, as a user would draw them."""
     from drmcli.tiny.judge import judge
 
     texts = list(world.captions("val"))[:prompts]
     pipe.set_progress_bar_config(disable=True)
     for scale in guidance:
-        rng = torch.Generator().manual_seed(0)
-        out = pipe(
+        images = pipe(
             texts,
             num_inference_steps=20,
             guidance_scale=scale,
             max_sequence_length=T5_TOKENS,
-            generator=rng,
+            generator=torch.Generator().manual_seed(0),
             output_type="np",
         ).images
-        images = (out * 255 + 0.5).astype(np.uint8)
-        verdict = judge(images, texts)
+        verdict = judge((images * 255 + 0.5).astype(np.uint8), texts)
         named = ", ".join(f"{name} {value.mean():.3f}" for name, value in vars(verdict).items())
         log(f"guidance {scale:g}: {named}")
-        if save:
-            from diffusers.utils import make_image_grid
-            from PIL import Image
-
-            tiles = [Image.fromarray(image).resize((96, 96), Image.Resampling.NEAREST) for image in images[:48]]
-            make_image_grid(tiles, 6, 8).save(save / f"guidance-{scale:g}.png")
 
 
 def build(
@@ -338,7 +328,7 @@ def build(
         tokenizer_3=None,
     )
     train_transformer(pipe, seed=seed, steps=steps, pictures=pictures, compiled=compiled, log=log)
-    report(pipe, log, save=out.parent)
+    report(pipe, log)
     for part in (pipe.transformer, pipe.vae, *encoders):
         part.half().float()  # rounded, so that half precision loses nothing; kept in float32, which every loader takes alike
     pipe.save_pretrained(work, safe_serialization=True)
@@ -348,21 +338,74 @@ def build(
     log(f"{out}: {size / 1e6:.1f} MB in {time.time() - started:.0f} s")
 
 
+def build_reward(out: Path, generator: Path, *, seed: int, steps: int, prompts: int, log=print) -> None:
+    """Train the reward model that ships beside the pipeline: `drm train-reward`, only longer."""
+    from drmcli.config import resolve
+    from drmcli.recipes import train_reward
+    from drmcli.run import Silent
+
+    started = time.time()
+    inside = generator.resolve() == (Path(__file__).parent / "weights" / "generator").resolve()
+    work = out.with_name(out.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    flags = {
+        "generator": "{package}/tiny/weights/generator" if inside else str(generator),
+        "out": str(work / "run"),
+        "cache_dir": str(work / "cache"),
+        "seed": seed,
+        "steps": steps,
+        "shapes_prompts": prompts,
+    }
+    summary = train_reward.run(resolve("train-reward", flags=flags), Silent())
+    shutil.rmtree(out, ignore_errors=True)
+    Path(summary["reward"]).rename(out)
+    shutil.rmtree(work)
+    accuracies = ", ".join(f"{row['accuracy']:.1f} % at {row['sigma']:g}" for row in summary["eval_by_sigma"])
+    log(f"{out}: {accuracies}, in {time.time() - started:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "generator")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "weights", help="folder of generator/ and reward/"
+    )
+    parser.add_argument("--only", choices=("generator", "reward"), help="make one of the two")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument(
-        "--eager", dest="compiled", action="store_false", help="do without torch.compile (no C++ compiler)"
-    )
+    parser.add_argument("--reward-steps", type=int, default=1200)
+    parser.add_argument("--reward-prompts", type=int, default=3000)
+    parser.add_argument("--eager", action="store_true", help="do without torch.compile (no C++ compiler)")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    build(log=lambda line: print(line, flush=True), **vars(args))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    if args.only != "reward":
+        build(
+            args.out / "generator",
+            seed=args.seed,
+            text_steps=args.text_steps,
+            vae_steps=args.vae_steps,
+            steps=args.steps,
+            pictures=args.pictures,
+            width=args.width,
+            compiled=not args.eager,
+            log=log,
+        )
+    if args.only != "generator":
+        build_reward(
+            args.out / "reward",
+            args.out / "generator",
+            seed=args.seed,
+            steps=args.reward_steps,
+            prompts=args.reward_prompts,
+            log=log,
+        )
 
 
 if __name__ == "__main__":

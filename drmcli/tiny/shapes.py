@@ -1,7 +1,7 @@
 """The dataset `shapes`: pictures of the embedded world, ranked by its judge, made from a seed.
 
 Four pictures a caption: rendered with random flaws, or sampled by a generator. In the train split each pair's label is
-drawn as people's are, P(a over b) = sigmoid(12 x judge gap); in val and test the judge's own order is the label, pairs closer
+drawn as people's are, P(a over b) = sigmoid(16 x judge gap); in val and test the judge's own order is the label, pairs closer
 than 0.03 being left out. The captions of the three splits are disjoint.
 """
 
@@ -29,12 +29,12 @@ from drmcli.tiny.judge import judge
 
 GROUP = 4
 """Pictures a caption."""
-SHARPNESS = 12.0
+SHARPNESS = 16.0
 """Slope of the Bradley-Terry noise of train labels."""
 MIN_GAP = 0.03
 """Judge difference below which a held-out pair is left out."""
 SAMPLE_STEPS = 8
-VERSION = 5
+VERSION = 6
 
 
 def load_shapes(

@@ -1,0 +1,382 @@
+"""`drm sample`: prompts -> latents by plain sampling or search -> pictures, tables, a grid.
+
+Pictures are drawn in batches; each batch's pictures and rows are written before the next is begun, so an interrupted run goes
+on and makes no picture twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from drmcli import results
+from drmcli.config import Sample
+from drmcli.errors import InputError
+from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
+from drmcli.preferences import text_id
+from drmcli.reward import RewardModel
+from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
+from drmcli.sampling import Candidates, Samples, Search, sample
+
+TILE = 128
+"""Side of a picture in the grid and of a candidate in the tree, pixels."""
+
+
+@dataclass
+class Job:
+    """One picture to draw."""
+
+    number: int
+    prompt: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.number:06d}"
+
+
+def run(config: Sample, reporter: Reporter) -> dict[str, Any]:
+    """Draw what is asked. Returns what summary.json holds."""
+    jobs = [
+        Job(p * config.num_images + i, prompt, config.seed + i)
+        for p, prompt in enumerate(checked_prompts(config))
+        for i in range(config.num_images)
+    ]
+    with open_run("sample", config, reporter) as folder:
+        if folder.finished:
+            folder.note(f"{folder.folder} is finished; --overwrite draws again")
+            return folder.finished
+        studio = Studio.open(config, folder)
+        images = results.Parts(folder.folder / "partial" / "images", "images", folder.id)
+        candidates = results.Parts(folder.folder / "partial" / "candidates", "candidates", folder.id)
+        counts = Counts.load(folder)
+        done = sum(1 for _ in images.folder.glob("part-*.parquet")) * config.batch_size
+        with Interruptions() as interruptions:
+            for start in range(min(done, len(jobs)), len(jobs), config.batch_size):
+                some = jobs[start : start + config.batch_size]
+                began = time.monotonic()
+                samples = studio.draw(some, lambda step, total, at=start, n=len(some): folder.reporter.progress(
+                    "sample", at * total + step * n, len(jobs) * total
+                ))  # fmt: skip
+                paths = studio.save(some, samples)
+                counts.add(samples, time.monotonic() - began)
+                for job, path, score in zip(some, paths, samples.score.tolist()):
+                    images.add(
+                        image_id=job.id, prompt_id=text_id(job.prompt), prompt=job.prompt, seed=job.seed, path=path,
+                        score=score, mode=config.mode,
+                    )  # fmt: skip
+                _add_candidates(candidates, some, samples.candidates)
+                number = start // config.batch_size
+                candidates.flush(number)
+                counts.save(folder)
+                images.flush(number)  # last: its presence says that the batch is done
+                if interruptions.asked and start + len(some) < len(jobs):
+                    raise interruptions.stop(f"{start + len(some)} of {len(jobs)} pictures are in {folder.folder}")
+        return finish(config, folder, studio, counts)
+
+
+def checked_prompts(config: Sample) -> list[str]:
+    """The prompts, none empty; a default one in the words of the embedded world is not guessed for other models."""
+    if not config.prompts:
+        raise InputError(
+            "PROMPT: none is given", hint='for example drm sample "a large red circle above a small blue square"'
+        )
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise InputError("PROMPT: a prompt is empty", hint="say what to draw")
+    if config.mode in ("stepwise", "beam") and config.step_rule == "ode" and config.beams > 1:
+        raise InputError("--step-rule ode: its candidates would all be the same", hint="use cps, flow-sde or dance-sde")
+    return list(config.prompts)
+
+
+@dataclass
+class Studio:
+    """Models and settings that draw a batch."""
+
+    config: Sample
+    folder: Run
+    generator: Generator
+    reward: RewardModel | None
+    own_encoders: bool
+    """The reward model's prompts go through encoders of its own, its base not being the generator."""
+    search: Search
+    shape: tuple[int, int, int]
+    negative: PromptEmbeds | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, config: Sample, folder: Run) -> Studio:
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        generator = Generator.load(
+            config.generator,
+            revision=config.revision,
+            device=device,
+            dtype=dtype,
+            text_encoder_3=config.text_encoder_3,
+            max_sequence_length=config.max_sequence_length,
+            attention=config.attention,
+        )
+        shape = latent_shape(config, generator)
+        reward, own = None, False
+        if config.reward != "none":
+            reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype)
+            c = reward.config
+            if int(c.transformer["in_channels"]) != shape[0]:
+                raise InputError(
+                    f"--reward {config.reward}: made for latents of {c.transformer['in_channels']} channels, not {shape[0]}",
+                    hint="use a reward model whose base is the generator's",
+                )
+            own = c.base_model != config.generator or c.max_sequence_length != config.max_sequence_length
+        elif config.mode != "plain":
+            raise InputError(f"--mode {config.mode}: needs a reward model", hint="leave out --reward none")
+        if config.lora:
+            generator.load_lora(config.lora)
+        cut = [p for p in config.prompts if generator.truncated(p)]
+        if cut:
+            folder.warn(f"{len(cut)} prompts are longer than the text encoders read; their ends are cut: {cut[0]!r}")
+        guided = config.guidance_scale != 1.0
+        search = Search(
+            mode=config.mode,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            step_rule=config.step_rule,
+            noise_level=config.noise_level,
+            num_candidates=config.beams,
+            num_beams=config.keep,
+            branch_sigmas=(config.branch_sigmas[0], config.branch_sigmas[1]),
+            branch_steps=None if config.branch_steps is None else (config.branch_steps[0], config.branch_steps[-1]),
+            score_at=config.score_at,
+            correct_noise=config.correct_noise,
+            temperature=config.temperature,
+            max_batch=config.max_batch,
+        )
+        negative = generator.encode_prompts([config.negative_prompt]) if guided else None
+        return cls(config, folder, generator, reward, own, search, shape, negative, device, dtype)
+
+    def draw(self, jobs: list[Job], on_step: Any) -> Samples:
+        """Latents of a batch; each distinct prompt is encoded once."""
+        unique = list(dict.fromkeys(job.prompt for job in jobs))
+        where = torch.tensor([unique.index(job.prompt) for job in jobs], device=self.device)
+        cond = self.generator.encode_prompts(unique)[where]
+        reward_cond = cond
+        if self.reward is not None and self.own_encoders:
+            reward_cond = self.reward.generator().encode_prompts(unique)[where]
+        return sample(
+            self.generator,
+            self.reward,
+            cond,
+            reward_cond,
+            [job.seed for job in jobs],
+            self.search,
+            negative=self.negative,
+            shape=self.shape,
+            trace=self.config.trace,
+            on_step=on_step,
+        )
+
+    def save(self, jobs: list[Job], samples: Samples) -> list[str]:
+        """Decode and write a batch's pictures; the paths are relative to the run folder."""
+        paths = []
+        settings = {
+            k: getattr(self.config, k)
+            for k in ("mode", "beams", "steps", "guidance_scale", "noise_level", "generator", "reward", "lora")
+        } | {"step_rule": self.search.rule()}
+        for job, picture, score in zip(jobs, self.generator.decode(samples.latents), samples.score.tolist()):
+            text = PngInfo()
+            text.add_itxt("prompt", job.prompt)
+            text.add_text("seed", str(job.seed))
+            text.add_text("score", f"{score:.6f}")
+            text.add_itxt("settings", json.dumps(settings))
+            path = self.folder.path("images", f"{job.id}.png")
+            with guarded(path):
+                part = path.with_name(f".{path.name}.part")
+                picture.save(part, "PNG", pnginfo=text)
+                part.replace(path)
+            paths.append(f"images/{job.id}.png")
+        if self.config.trace and samples.candidates:
+            for i, job in enumerate(jobs):
+                tree = branch_tree(self.generator, samples.candidates, i)
+                with guarded(self.folder.folder):
+                    tree.save(self.folder.path("traces", f"{job.id}.png"))
+        return paths
+
+
+def latent_shape(config: Sample, generator: Generator) -> tuple[int, int, int]:
+    """C, H, W of the latents for the asked size. Raises InputError for a size that cannot be."""
+    factor = generator.pipe.vae_scale_factor * generator.pipe.patch_size
+    height = config.height or config.resolution or generator.image_size
+    width = config.width or config.resolution or generator.image_size
+    for flag, side in (("--height", height), ("--width", width)):
+        if side % factor:
+            raise InputError(
+                f"{flag} {side}: not a multiple of {factor}", hint=f"use {max(1, round(side / factor)) * factor}"
+            )
+    if height * width > config.max_pixels:
+        raise InputError(
+            f"--height {height} --width {width}: too many pixels", hint="raise --set max_pixels if you mean it"
+        )
+    largest = generator.transformer.config.pos_embed_max_size * factor
+    if max(height, width) > largest:
+        raise InputError(
+            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
+        )
+    scale = generator.pipe.vae_scale_factor
+    return int(generator.transformer.config.in_channels), height // scale, width // scale
+
+
+@dataclass
+class Counts:
+    """Sums over all batches of a run, kept beside the part files."""
+
+    generator_calls: int = 0
+    reward_calls: int = 0
+    seconds: float = 0.0
+
+    def add(self, samples: Samples, seconds: float) -> None:
+        self.generator_calls += samples.calls.generator
+        self.reward_calls += samples.calls.reward
+        self.seconds += seconds
+
+    def save(self, folder: Run) -> None:
+        from drmcli.run import write_text
+
+        write_text(folder.path("partial", "counts.json"), json.dumps(vars(self)))
+
+    @classmethod
+    def load(cls, folder: Run) -> Counts:
+        file = folder.folder / "partial" / "counts.json"
+        return cls(**json.loads(file.read_text())) if file.is_file() else cls()
+
+
+def _add_candidates(parts: results.Parts, jobs: list[Job], steps: list[Candidates]) -> None:
+    for c in steps:
+        for i, job in enumerate(jobs):
+            for j, (score, kept) in enumerate(zip(c.score[i].tolist(), c.kept[i].tolist())):
+                parts.add(
+                    prompt_id=text_id(job.prompt), image_id=job.id, prompt=job.prompt, seed=job.seed, step=c.step, sigma=c.sigma,
+                    sigma_next=c.sigma_next, candidate=j, score=score, kept=kept,
+                )  # fmt: skip
+
+
+def branch_tree(generator: Generator, steps: list[Candidates], picture: int) -> Image.Image:
+    """A row a step: predicted clean pictures of the candidates with their scores, kept ones framed."""
+    shown = [c for c in steps if c.preview is not None]
+    columns = max(c.score.shape[1] for c in shown)
+    line = 18
+    sheet = Image.new("RGB", (110 + columns * (TILE + 8), len(shown) * (TILE + line + 10) + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, c in enumerate(shown):
+        top = 8 + row * (TILE + line + 10)
+        pen.text((8, top + TILE // 2 - 12), f"step {c.step}\nsigma {c.sigma_next:.3f}", fill="black")
+        assert c.preview is not None
+        for column, tile in enumerate(generator.decode(c.preview[picture].to(generator.device))):
+            left = 110 + column * (TILE + 8)
+            sheet.paste(
+                tile.resize((TILE, TILE), Image.Resampling.NEAREST if tile.width < TILE else Image.Resampling.LANCZOS),
+                (left, top),
+            )
+            if bool(c.kept[picture, column]):
+                pen.rectangle((left - 3, top - 3, left + TILE + 2, top + TILE + 2), outline="#c8553d", width=3)
+            pen.text((left + 4, top + TILE + 3), f"{float(c.score[picture, column]):+.2f}", fill="black")
+    return sheet
+
+
+def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[str, Any]:
+    """Join the part files, draw the grid, sum up."""
+    partial = folder.folder / "partial"
+    images = results.read(partial / "images")
+    results.write(folder.folder / "images.parquet", "images", images, folder.id)
+    scored = any((partial / "candidates").glob("part-*.parquet"))
+    candidates = (
+        results.read(partial / "candidates")
+        if scored
+        else pd.DataFrame({n: [] for n in results.SCHEMAS["candidates"].names})
+    )
+    results.write(folder.folder / "candidates.parquet", "candidates", candidates, folder.id)
+    with guarded(folder.folder):
+        tiles = [Image.open(folder.folder / path).convert("RGB") for path in images["path"][:64]]
+        side = max(TILE, min(512, tiles[0].width))
+        small = tiles[0].width < side
+        tiles = [
+            t.resize(
+                (side, side * t.height // t.width), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            )
+            for t in tiles
+        ]
+        columns = config.num_images if 1 < config.num_images <= 8 else math.ceil(math.sqrt(len(tiles)))
+        rows = math.ceil(len(tiles) / columns)
+        tiles += [Image.new("RGB", tiles[0].size, "white")] * (rows * columns - len(tiles))
+        make_image_grid(tiles, rows, columns).save(folder.folder / "grid.png")
+        shutil.rmtree(partial)
+    ratio = 0.0
+    if studio.reward is not None:
+        ratio = len(studio.reward.transformer.transformer_blocks) / int(studio.reward.config.transformer["num_layers"])
+    listed = [
+        {"path": str(folder.folder / row.path), "prompt": row.prompt, "seed": row.seed, "score": _number(row.score)}
+        for row in images.itertuples()
+    ]
+    chosen = candidates[candidates["kept"]] if len(candidates) else candidates
+    gain = candidates.groupby(["image_id", "step"])["score"].agg(["max", "mean", "std"]) if len(candidates) else None
+    return folder.finish(
+        {
+            "seed": config.seed,
+            "device": str(studio.device),
+            "dtype": {v: k for k, v in DTYPES.items()}[studio.dtype],
+            "seconds": round(time.monotonic() - folder.started, 2),
+            "images": listed,
+            "mode": config.mode,
+            "beams": config.beams if config.mode != "plain" else 1,
+            "steps": config.steps,
+            "step_rule": studio.search.rule(),
+            "generator_calls": counts.generator_calls,
+            "reward_calls": counts.reward_calls,
+            "cost": round((counts.generator_calls + ratio * counts.reward_calls) / len(images), 3),
+            "images_per_second": round(len(images) / max(counts.seconds, 1e-9), 3),
+            "mean_score": _number(images["score"].mean()),
+            "candidates": len(candidates),
+            "kept": len(chosen),
+            "mean_spread": None if gain is None else _number(gain["std"].mean()),
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if studio.device.type == "cuda"
+            else None,
+            "grid": str(folder.folder / "grid.png"),
+        }
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def plan(config: Sample) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    from drmcli.recipes.plan import describe_generator
+
+    prompts = checked_prompts(config)
+    known = describe_generator(config)
+    return {
+        "pictures": len(prompts) * config.num_images,
+        "mode": config.mode,
+        "generator calls a picture, about": config.steps * (2 if config.guidance_scale != 1 else 1)
+        * (config.beams if config.mode in ("best-of-n", "halving", "smc") else 1),
+        "candidates scored a picture, about": config.steps * config.beams if config.mode in ("stepwise", "beam") else config.beams,
+        "download": known.download,
+    }  # fmt: skip
+
+
+def picture_text(path: Path) -> dict[str, str]:
+    """What is written in a picture of `drm sample`: prompt, seed, score, settings."""
+    with Image.open(path) as picture:
+        return {str(k): str(v) for k, v in picture.info.items() if k in ("prompt", "seed", "score", "settings")}

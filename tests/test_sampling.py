@@ -1,0 +1,258 @@
+"""Sampling and search: equivalences between modes, with diffusers, and between runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from drmcli.errors import RunError
+from drmcli.generator import Generator
+from drmcli.recipes.sample import picture_text
+from drmcli.results import read
+from drmcli.reward import RewardModel
+from drmcli.run import Interruptions
+from drmcli.sampling import Search, _Loop, sample
+from drmcli.tiny import world
+
+PROMPTS = list(world.captions("test"))[:3]
+SHAPE = (4, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def generator(generator_folder: Path) -> Generator:
+    return Generator.load(str(generator_folder), max_sequence_length=1)
+
+
+@pytest.fixture(scope="module")
+def reward(reward_folder: Path) -> RewardModel:
+    return RewardModel.from_pretrained(reward_folder)
+
+
+def draw(generator: Generator, reward: RewardModel | None, seeds=(0, 1, 2), prompts=None, **search: object):
+    prompts = prompts or PROMPTS[: len(seeds)]
+    cond = generator.encode_prompts(prompts)
+    negative = generator.encode_prompts([""]) if search.get("guidance_scale", 1.0) != 1.0 else None
+    options = Search(**({"num_inference_steps": 5} | search))  # type: ignore[arg-type]
+    return sample(generator, reward, cond, cond, list(seeds), options, negative=negative, shape=SHAPE)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("mode", ["plain", "stepwise"])
+def test_noise_level_zero_is_the_diffusers_pipeline(
+    generator: Generator, reward: RewardModel, mode: str, guidance: float
+) -> None:
+    ours = draw(
+        generator, reward, mode=mode, num_candidates=1, noise_level=0.0, step_rule="cps", guidance_scale=guidance
+    )
+    theirs = generator.pipe(
+        PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=guidance,
+        max_sequence_length=1,
+        generator=[torch.Generator().manual_seed(s) for s in (0, 1, 2)],
+        output_type="latent",
+    ).images
+    vae = generator.pipe.vae.config
+    torch.testing.assert_close(ours.latents, theirs, atol=1e-4, rtol=0)
+    assert vae.scaling_factor
+
+
+def test_sigmas_are_the_schedulers(generator: Generator) -> None:
+    generator.pipe.scheduler.set_timesteps(7)
+    assert torch.equal(generator.sigmas(7), generator.pipe.scheduler.sigmas)
+
+
+@pytest.mark.parametrize("mode", ["plain", "best-of-n", "stepwise", "beam", "halving", "smc"])
+def test_a_picture_does_not_depend_on_its_batch(generator: Generator, reward: RewardModel, mode: str) -> None:
+    search = {"mode": mode, "num_candidates": 4, "num_beams": 2, "max_batch": 5, "temperature": 0.01}
+    whole = draw(generator, reward, **search)
+    for i in range(3):
+        alone = draw(generator, reward, seeds=[i], prompts=[PROMPTS[i]], **search)
+        torch.testing.assert_close(whole.latents[i : i + 1], alone.latents, atol=1e-3, rtol=0)
+    assert torch.isfinite(whole.score).all()
+
+
+def test_one_candidate_is_plain_sampling(generator: Generator, reward: RewardModel) -> None:
+    a = draw(generator, reward, mode="stepwise", num_candidates=1, step_rule="cps", noise_level=0.7)
+    b = draw(generator, reward, mode="plain", step_rule="cps", noise_level=0.7)
+    assert torch.equal(a.latents, b.latents)
+    assert a.candidates == []
+
+
+def test_the_best_candidate_is_kept(generator: Generator, reward: RewardModel) -> None:
+    out = draw(generator, reward, mode="stepwise", num_candidates=4)
+    assert len(out.candidates) == 4, "five steps, the last without noise"
+    for step in out.candidates:
+        assert step.score.shape == (3, 4)
+        assert torch.equal(step.kept.int().argmax(1), step.score.argmax(1))
+        assert (step.kept.sum(1) == 1).all()
+
+
+def test_calls_are_counted(generator: Generator, reward: RewardModel) -> None:
+    """Three pictures, five steps. Candidates share one velocity, so step-wise search costs no generator call more."""
+    plain = draw(generator, reward)
+    assert (plain.calls.generator, plain.calls.reward) == (15, 3)
+    guided = draw(generator, reward, guidance_scale=2.0)
+    assert guided.calls.generator == 30
+    stepwise = draw(generator, reward, mode="stepwise", num_candidates=4)
+    assert (stepwise.calls.generator, stepwise.calls.reward) == (15, 3 * 4 * 4 + 3)
+    several = draw(generator, reward, mode="best-of-n", num_candidates=4)
+    assert (several.calls.generator, several.calls.reward) == (60, 12)
+    window = draw(generator, reward, mode="stepwise", num_candidates=4, branch_steps=(0, 1))
+    assert window.calls.reward == 3 * 4 * 2 + 3
+    early = draw(generator, reward, mode="stepwise", num_candidates=4, branch_sigmas=(0.9, 1.0))
+    assert [c.step for c in early.candidates] == [s for s in range(5) if generator.sigmas(5)[s] >= 0.9]
+
+
+def test_best_of_n_keeps_the_best_of_its_own(generator: Generator, reward: RewardModel) -> None:
+    """The first of the N trajectories is plain sampling's, so the best is never worse."""
+    plain, best = draw(generator, reward), draw(generator, reward, mode="best-of-n", num_candidates=4)
+    assert (best.score >= plain.score - 1e-4).all()
+    assert (best.score > plain.score + 1e-4).any()
+
+
+def test_halving_drops_the_worse_half(generator: Generator, reward: RewardModel) -> None:
+    out = draw(generator, reward, mode="halving", num_candidates=8, halving_sigmas=(0.95, 0.8))
+    assert [c.score.shape[1] for c in out.candidates] == [8, 4]
+    assert [int(c.kept.sum()) for c in out.candidates] == [12, 6]
+    for c in out.candidates:
+        worst_kept = c.score.masked_fill(~c.kept, math.inf).min(1).values
+        best_dropped = c.score.masked_fill(c.kept, -math.inf).max(1).values
+        assert (worst_kept >= best_dropped).all()
+
+
+def test_clean_scores_reuse_their_velocity(generator: Generator, reward: RewardModel) -> None:
+    """Each candidate needs a velocity to be seen clean; the kept one's serves the next step: 1 + 3 x 4 + last 0 + ..."""
+    out = draw(generator, reward, seeds=[0], mode="stepwise", num_candidates=4, score_at="clean")
+    assert out.calls.generator == 1 + 4 * 4
+    other = draw(generator, reward, seeds=[0], mode="stepwise", num_candidates=4)
+    assert (out.latents - other.latents).abs().max() > 1e-3
+
+
+def test_resampling_follows_the_weights() -> None:
+    """One particle has e^10 times the weight of the others: it takes every place. Equal weights stay as they are."""
+    loop = _Loop(None, None, None, None, None, Search(mode="smc", num_candidates=4), None, False, torch.device("cpu"))  # type: ignore[arg-type]
+    rngs = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
+    keep = loop._resample(torch.tensor([[0.0, 10.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), rngs)
+    assert keep.tolist() == [[1, 1, 1, 1], [0, 1, 2, 3]]
+
+
+def test_corrected_noise_is_what_the_model_is_told(generator: Generator, reward: RewardModel) -> None:
+    told = []
+    original = RewardModel.score
+
+    class Told:
+        def __init__(self) -> None:
+            self.config = reward.config
+
+        def score(self, latents, sigma, cond):
+            told.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
+            return original(reward, latents, sigma, cond)
+
+    for correct in (False, True):
+        draw(generator, Told(), seeds=[0], mode="stepwise", num_candidates=2, step_rule="flow-sde", noise_level=0.7,
+             correct_noise=correct)  # type: ignore[arg-type]  # fmt: skip
+    sigmas = generator.sigmas(5)[1:].tolist()
+    half = len(told) // 2
+    assert told[:5] == pytest.approx(sigmas, abs=1e-6)
+    assert all(a > b for a, b in zip(told[half : half + 4], sigmas))
+
+
+def test_latents_that_are_not_finite_name_the_step(
+    generator: Generator, reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "velocity", lambda x, *a: x * float("nan"))
+    with pytest.raises(RunError, match="step 0 of 5"):
+        draw(generator, reward)
+
+
+FLAGS = ["--steps", "4", "--stepwise", "--beams", "3", "--num-images", "3", "--batch-size", "2"]
+
+
+def test_the_command(reward_folder: Path, tmp_path: Path, drm) -> None:
+    result = drm(
+        "sample", *PROMPTS[:2], *FLAGS, "--reward", reward_folder, "--trace", "--json", "--out", tmp_path / "run"
+    )
+    assert result.code == 0, result.err
+    summary = result.json
+    assert summary.keys() >= {
+        "images",
+        "mode",
+        "beams",
+        "steps",
+        "generator_calls",
+        "reward_calls",
+        "seed",
+        "device",
+        "dtype",
+    }
+    assert [row["seed"] for row in summary["images"]] == [0, 1, 2] * 2
+    first = summary["images"][0]
+    text = picture_text(Path(first["path"]))
+    assert (text["prompt"], text["seed"]) == (PROMPTS[0], "0")
+    assert float(text["score"]) == pytest.approx(first["score"], abs=1e-5)
+    assert json.loads(text["settings"])["beams"] == 3
+    candidates = read(tmp_path / "run" / "candidates.parquet")
+    assert len(candidates) == 6 * 3 * 3
+    assert candidates.groupby(["image_id", "step"])["kept"].sum().eq(1).all()
+    assert len(read(tmp_path / "run" / "images.parquet")) == 6
+    assert (tmp_path / "run" / "grid.png").exists()
+    assert len(list((tmp_path / "run" / "traces").glob("*.png"))) == 6
+
+
+def test_interrupted_goes_on(reward_folder: Path, tmp_path: Path, drm, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*PROMPTS[:2], *FLAGS, "--reward", reward_folder, "--json"]
+    whole = drm("sample", *flags, "--out", tmp_path / "whole")
+    enter = Interruptions.__enter__
+
+    def asked(self: Interruptions) -> Interruptions:
+        self.asked = True
+        return enter(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruptions, "__enter__", asked)
+        assert drm("sample", *flags, "--out", tmp_path / "parts").code == 130
+        assert drm("sample", *flags, "--out", tmp_path / "parts").code == 130
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts" / "images").glob("*.png")}
+    assert len(made) == 4
+    parts = drm("sample", *flags, "--out", tmp_path / "parts")
+    assert {n: (tmp_path / "parts" / "images" / n).stat().st_mtime_ns for n in made} == made
+    for name in ("images.parquet", "candidates.parquet"):
+        assert read(tmp_path / "whole" / name).equals(read(tmp_path / "parts" / name))
+    for file in (tmp_path / "whole" / "images").iterdir():
+        assert file.read_bytes() == (tmp_path / "parts" / "images" / file.name).read_bytes()
+    assert whole.json["generator_calls"] == parts.json["generator_calls"]
+
+
+def test_without_a_reward_model(tmp_path: Path, drm) -> None:
+    result = drm("sample", PROMPTS[0], "--reward", "none", "--steps", "2", "--json")
+    assert result.json["images"][0]["score"] is None
+    assert drm("sample", PROMPTS[0], "--reward", "none", "--stepwise").code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "PROMPT: none"),
+        ([" "], "a prompt is empty"),
+        (["x", "--height", "33"], "--height 33: not a multiple of 4"),
+        (["x", "--height", "4096", "--width", "4096"], "too many pixels"),
+        (["x", "--height", "512", "--width", "32"], "knows 128 pixels at most"),
+        (["x", "--stepwise", "--mode", "smc"], "given together"),
+        (["x", "--stepwise", "--step-rule", "ode"], "all be the same"),
+        (["x", "--branch-sigmas", "1"], "not two rising numbers"),
+        (["x", "--mode", "fastest"], "--mode"),
+        (["x", "--beams", "0"], "--beams"),
+        (["x", "--prompts", "gone.txt"], "cannot be read"),
+    ],
+)
+def test_bad_input(args: list[str], says: str, drm) -> None:
+    result = drm("sample", *args)
+    assert result.code == 2, result.err
+    lines = result.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.err
+    assert says in lines[0]

@@ -33,10 +33,6 @@ class Common:
 
     preset: str = "tiny"
     """Preset that was asked for; `drm config list` names them."""
-    generator: str = ""
-    """Text-to-image pipeline: a folder in Hugging Face layout or a hub id. Empty: the preset's."""
-    revision: str | None = None
-    """Revision of a generator on the hub; None is its main branch."""
     out: str | None = None
     """Run folder; None is runs/<command>-<time>."""
     seed: NonNegative = 0
@@ -47,14 +43,8 @@ class Common:
     """Number format of frozen weights and mixed precision; auto is bf16 on CUDA and fp32 on the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernels; xformers needs the extra of that name and CUDA."""
-    max_sequence_length: NonNegative = 256
-    """Tokens of the T5 part of a prompt; where there is no T5, SD3 puts as many zeros there."""
-    text_encoder_3: bool = True
-    """False leaves the T5 encoder unloaded (zeros instead): 9 GB less, slightly different scores."""
     resolution: Positive | None = None
     """Side of the square that images are cropped and resized to, pixels; None is the generator's own size."""
-    cache_dir: str | None = None
-    """Cache of encoded images and prompts; None is $DRM_CACHE or ~/.cache/drmcli."""
     resume: bool = True
     """Go on with an unfinished run in the same folder."""
     overwrite: bool = False
@@ -62,9 +52,25 @@ class Common:
 
 
 @dataclass(config=strict, kw_only=True)
-class Data:
-    """Where preference pairs come from."""
+class Drawing:
+    """The pipeline of the commands that need one."""
 
+    generator: str = ""
+    """Text-to-image pipeline: a folder in Hugging Face layout or a hub id. Empty: the preset's."""
+    revision: str | None = None
+    """Revision of a generator on the hub; None is its main branch."""
+    max_sequence_length: NonNegative = 256
+    """Tokens of the T5 part of a prompt; where there is no T5, SD3 puts as many zeros there."""
+    text_encoder_3: bool = True
+    """False leaves the T5 encoder unloaded (zeros instead): 9 GB less, slightly different scores."""
+
+
+@dataclass(config=strict, kw_only=True)
+class Data:
+    """Where preference pairs come from, and where what is encoded of them is kept."""
+
+    cache_dir: str | None = None
+    """Cache of encoded images and prompts; None is $DRM_CACHE or ~/.cache/drmcli."""
     data_dir: str | None = None
     """Folder that holds a published dataset in its published layout."""
     shapes_prompts: Positive = 1200
@@ -80,7 +86,7 @@ class Data:
 
 
 @dataclass(config=strict, kw_only=True)
-class TrainReward(Common, Data):
+class TrainReward(Common, Drawing, Data):
     """`drm train-reward`."""
 
     data: list[str] = Field(default_factory=lambda: ["shapes"])
@@ -162,7 +168,7 @@ class TrainReward(Common, Data):
 
 
 @dataclass(config=strict, kw_only=True)
-class Bench(Common, Data):
+class Bench(Common, Drawing, Data):
     """`drm bench`."""
 
     reward: str = ""
@@ -204,7 +210,7 @@ class Score(Common):
 
 
 @dataclass(config=strict, kw_only=True)
-class Sample(Common):
+class Sample(Common, Drawing):
     """`drm sample`."""
 
     reward: str = ""

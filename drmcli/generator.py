@@ -107,6 +107,18 @@ def explained(ref: str, flag: str):
         raise kind(f"{flag} {ref}: cannot be loaded: {fact}", hint=hint) from error
 
 
+def use_attention(transformer: SD3Transformer2DModel, name: str) -> None:
+    """Attention kernels of a transformer: sdpa is PyTorch's own; for xformers MissingError where it or CUDA is not there."""
+    if name != "xformers":
+        return
+    if not torch.cuda.is_available():
+        raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
+    try:
+        transformer.enable_xformers_memory_efficient_attention()
+    except (ModuleNotFoundError, ImportError) as error:
+        raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
+
+
 class Generator:
     """A loaded pipeline and the few things that drm does with it.
 
@@ -170,8 +182,8 @@ class Generator:
                 _refuse_broken(part, f"{flag} {ref}: {name}")
         pipe.set_progress_bar_config(disable=True)
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length)
-        if attention == "xformers":
-            generator.use_xformers()
+        if "transformer" in components:
+            use_attention(pipe.transformer, attention)
         return generator
 
     @property
@@ -188,15 +200,6 @@ class Generator:
     def image_size(self) -> int:
         """Side in pixels of the pictures that the transformer was made for."""
         return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
-
-    def use_xformers(self) -> None:
-        """xformers attention. Raises MissingError where it or CUDA is not there."""
-        if not torch.cuda.is_available():
-            raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
-        try:
-            self.pipe.enable_xformers_memory_efficient_attention()
-        except (ModuleNotFoundError, ImportError) as error:
-            raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, RunError
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, explained, quiet_libraries, reach
+from drmcli.generator import Generator, PromptEmbeds, explained, quiet_libraries, reach, use_attention
 from drmcli.run import seed_of
 
 LORA_TARGETS = (
@@ -246,6 +246,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
         token: str | bool | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
         flag: str = "--reward",
     ) -> RewardModel:
         """Load a saved reward model from a folder or the hub, frozen and ready to score.
@@ -287,6 +288,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
             model = cls(config, transformer)
             model.set_trainable()
         model.load_tensors(tensors, f"{flag} {model_id}")
+        use_attention(model.transformer, attention)
         if dtype != torch.float32:
             model.transformer.to(dtype)
         return model.eval().requires_grad_(False).to(device)

@@ -397,6 +397,21 @@ def _unknown_device(b):
     return ["bench", "--device", "nonsense"]
 
 
+@case(3, "--attention xformers")
+def _xformers_without_cuda(b):
+    return ["bench", "--reward", b.reward, "--attention", "xformers"]
+
+
+@case(2, "--track nonsense")
+def _unknown_tracker(b):
+    return train("--track", "nonsense")
+
+
+@case(3, "--track aim: not installed")
+def _tracker_not_installed(b):
+    return train("--track", "aim")
+
+
 @case(2, "--dtype")
 def _unknown_dtype(b):
     return ["bench", "--dtype", "fp8"]

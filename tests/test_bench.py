@@ -218,14 +218,18 @@ def test_demo_tells_the_whole_story(tmp_path: Path, drm, monkeypatch: pytest.Mon
     original = recipe.resolve
 
     def small(command: str, flags: dict) -> object:
-        less = {"shapes_prompts": 16, "shapes_generated": 0.0}
-        more = {"eval_pairs": 12} if command == "train-reward" else {"pairs": 12}
+        less = (
+            {"shapes_prompts": 16, "shapes_generated": 0.0}
+            if command != "sample"
+            else {"prompts": flags["prompts"][:6], "steps": 2}
+        )
+        more = {"train-reward": {"eval_pairs": 12}, "bench": {"pairs": 12}, "sample": {}}[command]
         return original(command, flags=flags | less | more)
 
     monkeypatch.setattr(recipe, "resolve", small)
     result = drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json")
     assert result.code == 0, result.err
     page = Path(result.json["report"]).read_text()
-    assert page.count("<img") >= 1 + 4 * recipe.EXAMPLES
+    assert page.count("<img") == 1 + 2 * recipe.SHOWN + 4 * recipe.EXAMPLES
     assert np.isfinite(result.json["bench"]["accuracy"])
     assert drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").json == result.json

@@ -135,6 +135,20 @@ def test_the_package_holds_a_plain_pipeline() -> None:
     assert verdict.shape.mean() >= 0.6
 
 
+def test_the_same_seed_builds_the_same_weights(tmp_path: Path) -> None:
+    """A few steps of everything, twice: byte for byte the same files."""
+    from drmcli.tiny.build import build
+
+    for name in "ab":
+        build(
+            tmp_path / name, seed=0, text_steps=5, vae_steps=4, steps=4, pictures=100, width=32, compiled=False,
+            log=lambda line: None,
+        )  # fmt: skip
+    files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
 def test_the_package_is_small_and_safe() -> None:
     files = [f for f in (PACKAGE / "weights").rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 12e6

@@ -31,6 +31,7 @@ def bench(
     resolution: o.Resolution = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    attention: o.Attention = None,
     config: o.ConfigFile = None,
     sets: o.Sets = None,
     out: o.Out = None,

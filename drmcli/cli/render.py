@@ -126,6 +126,10 @@ def demo(s: dict[str, Any]) -> None:
     for a, b in zip(s["pretrained"]["eval_by_sigma"], s["random"]["eval_by_sigma"]):
         made.add_row(f"{a['sigma']:g}", f"{a['accuracy']:.1f} %", f"{b['accuracy']:.1f} %")
     console.print(made)
+    made = table("\nplain against step-wise sampling", "", "judge", "score", "cost")
+    for mode, row in s["sample"].items():
+        made.add_row(mode, f"{row['judge']:.3f}", f"{row['mean_score']:+.2f}", f"{row['cost']:.1f}")
+    console.print(made)
     console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)", markup=False)
 
 

@@ -32,6 +32,7 @@ def score(
     resolution: o.Resolution = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    attention: o.Attention = None,
     config: o.ConfigFile = None,
     sets: o.Sets = None,
     out: o.Out = None,

@@ -36,7 +36,7 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
             return folder.finished
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype)
+        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
         base = LazyGenerator.of_reward(reward, dtype, device)
         drawer = base if config.generator == reward.config.base_model else LazyGenerator.of(config, device)
         prompts = None if config.pairs is None else -(-config.pairs // 5)

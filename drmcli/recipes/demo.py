@@ -1,7 +1,8 @@
 """`drm demo`: the whole story on the embedded world.
 
 Does pre-training matter? Two reward models are trained at the same budget, one on the pre-trained transformer, one on the same
-architecture with random weights; both are measured at every noise level; pictures are scored; a report tells it on one page.
+architecture with random weights; both are measured at every noise level; pictures are scored; the better one steers the
+sampler, step by step, against plain sampling; a report tells it on one page.
 Each step is a run of its own inside the demo's folder, so an interrupted demo goes on where it stopped.
 """
 
@@ -18,13 +19,15 @@ from PIL import Image
 from drmcli.config import Demo, resolve
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.plots import accuracy_by_noise
-from drmcli.recipes import bench, train_reward
+from drmcli.recipes import bench, sample, train_reward
 from drmcli.report import Report
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, guarded, open_run, write_text
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 
+DRAWN, SHOWN = 24, 5
+"""Captions that are drawn from, and that are shown."""
 EXAMPLES = 6
 """Captions with scored pictures in the report."""
 
@@ -68,8 +71,14 @@ def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
             "noise_samples": 4,
         }
         measured = bench.run(resolve("bench", flags=flags), Titled(reporter, "bench"))
+        drawn = {}
+        for mode in ("plain", "stepwise"):
+            flags = common | {"out": str(folder.folder / f"sample-{mode}"), "reward": reward, "mode": mode}
+            flags |= {"prompts": list(world.captions("test"))[:DRAWN], "num_images": 2, "batch_size": 16}
+            drawn[mode] = sample.run(resolve("sample", flags=flags), Titled(reporter, mode))
+            drawn[mode]["judge"] = judged(drawn[mode]["images"])
         examples = scored_examples(reward, config)
-        report = write_report(folder, config, trained, measured, examples)
+        report = write_report(folder, config, trained, measured, drawn, examples)
         device = pick_device(config.device)
         return folder.finish(
             {
@@ -81,8 +90,15 @@ def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
                 "pretrained": trained["pretrained"],
                 "random": trained["random"],
                 "bench": measured,
+                "sample": {mode: {k: v for k, v in s.items() if k != "images"} for mode, s in drawn.items()},
             }
         )
+
+
+def judged(images: list[dict[str, Any]]) -> float:
+    """Mean score of the judge for drawn pictures."""
+    pixels = np.stack([np.asarray(Image.open(row["path"]).convert("RGB")) for row in images])
+    return float(judge(pixels, [row["prompt"] for row in images]).score.mean())
 
 
 @dataclass
@@ -118,7 +134,12 @@ def scored_examples(reward: str, config: Demo) -> list[Example]:
 
 
 def write_report(
-    folder: Run, config: Demo, trained: dict[str, Any], measured: dict[str, Any], examples: list[Example]
+    folder: Run,
+    config: Demo,
+    trained: dict[str, Any],
+    measured: dict[str, Any],
+    drawn: dict[str, Any],
+    examples: list[Example],
 ) -> Path:
     """report.html and its plot."""
     a, b = trained["pretrained"], trained["random"]
@@ -152,6 +173,20 @@ def write_report(
         f"drm bench on {measured['n_pairs']} pairs of held-out captions, four noise draws at noise level {measured['sigma']:g}: "
         f"{measured['accuracy']:.1f} % (95 % interval {lo:.1f} to {hi:.1f})."
     )
+    page.heading("Step-wise Sampling")
+    k = drawn["stepwise"]["beams"]
+    page.text(
+        f"Plain sampling, and sampling that keeps the best of {k} candidates at every step, from the same seeds and with the "
+        "same number of steps. The judge, whom no model was trained on, has the last word."
+    )
+    page.table(
+        ["", "judge, 0 to 1", "reward model's score", "cost, generator calls a picture"],
+        [[mode, f"{s['judge']:.3f}", f"{s['mean_score']:+.2f}", f"{s['cost']:.1f}"] for mode, s in drawn.items()],
+    )
+    for i in range(0, 2 * SHOWN, 2):
+        rows = [drawn[mode]["images"][i] for mode in ("plain", "stepwise")]
+        page.text(rows[0]["prompt"])
+        page.row([Image.open(row["path"]) for row in rows], ["plain", "step-wise"])
     page.heading("Pictures, best score first")
     page.text(
         "One clean and three flawed pictures a caption. The score is the reward model's, the judge's is from 0 to 1.",

@@ -131,7 +131,7 @@ class Studio:
         shape = latent_shape(config, generator)
         reward, own = None, False
         if config.reward != "none":
-            reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype)
+            reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
             c = reward.config
             if int(c.transformer["in_channels"]) != shape[0]:
                 raise InputError(

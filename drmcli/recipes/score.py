@@ -31,7 +31,7 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
         pictures = [i for i, name in enumerate(config.images) if not name.endswith(".safetensors")]
         loaded = {i: load_image(FileImage(config.images[i], Path(config.images[i]))) for i in pictures}
         saved = {i: read_latents(config.images[i]) for i in range(len(config.images)) if i not in loaded}
-        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype)
+        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
         if config.resolution:
             reward.config.resolution = config.resolution
         rows: dict[int, list[dict[str, Any]]] = {}

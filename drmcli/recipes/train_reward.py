@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drmcli.config import TrainReward
-from drmcli.errors import InputError, RunError
+from drmcli.errors import InputError, MissingError, RunError
 from drmcli.flow import add_noise
-from drmcli.generator import DTYPES, PromptEmbeds, pick_device, pick_dtype
+from drmcli.generator import DTYPES, PromptEmbeds, pick_device, pick_dtype, use_attention
 from drmcli.losses import bradley_terry, thurstone
 from drmcli.memory import plan_training, store_frozen_in
 from drmcli.preferences import Preferences
@@ -90,6 +91,7 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
         generator.free()
         train, evaluation = encoded[:-1], encoded[-1]
         model = make_model(config)
+        use_attention(model.transformer, config.attention)
         store_frozen_in(model, pick_dtype(config.dtype, device))
         trainer = Trainer(config, accelerator, folder, model, train, ratios, PairScorer(evaluation))
         with Interruptions() as interruptions:
@@ -105,6 +107,13 @@ def make_accelerator(config: TrainReward) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     dtype = pick_dtype(config.dtype, device)
     precision = {v: k for k, v in DTYPES.items()}[dtype]
+    for name in config.track:
+        if name not in {str(t.value) for t in LoggerType}:
+            raise InputError(
+                f"--track {name}: there is no such tracker", hint="use tensorboard, wandb, comet_ml, mlflow, ..."
+            )
+        if not any(str(t) == name or getattr(t, "value", None) == name for t in get_available_trackers()):
+            raise MissingError(f"--track {name}: not installed", hint="pip install 'drmcli[track]'")
     # One accumulation round is one optimizer step, also at the end of the data: the stream has no end.
     rounds = GradientAccumulationPlugin(num_steps=micro_batches(config, 1)[0], sync_with_dataloader=False)
     accelerator = Accelerator(
@@ -553,7 +562,7 @@ class Trainer:
             by_sigma = self.evaluate()
             if self.accelerator.is_main_process:
                 with atomic_folder(folder.folder / "reward") as part:
-                    self._bare().save_pretrained(part)
+                    self._bare().save_pretrained(part)  # type: ignore[operator]
         self._record(by_sigma)
         summary = {
             "reward": str(folder.folder / "reward"),

@@ -13,9 +13,10 @@ _LAZY = {
     "RewardModel": "drmcli.reward",
     "Generator": "drmcli.generator",
     "PromptEmbeds": "drmcli.generator",
+    "StepwiseScheduler": "drmcli.scheduler",
     "DrmError": "drmcli.errors",
 }
-__all__ = ["DrmError", "Generator", "PromptEmbeds", "RewardModel", "__version__"]
+__all__ = ["DrmError", "Generator", "PromptEmbeds", "RewardModel", "StepwiseScheduler", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -140,34 +140,18 @@ def sample(
     sigmas = generator.sigmas(search.num_inference_steps)
     total = len(sigmas) - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    loop = _Loop(generator, reward, cond, reward_cond, negative, search, Calls(), trace, device)
+    loop = _Loop(reward, reward_cond, search, Calls(), trace, device, generator, cond, negative)
     n = search.particles()
     x = loop.noise(rngs, n, shape)  # [I, N, C, H, W]
     out: list[Candidates] = []
     velocity: Tensor | None = None
     for step in range(total):
-        sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
         if velocity is None:
-            velocity = loop.velocity(x, sigma)
-        # The last step of CPS takes no noise: all candidates would be one.
-        branching = search.branches(step, sigma) and (sigma_next > 0 or search.rule() != "cps")
-        k = search.num_candidates if branching else 1
-        children = loop.children(x, velocity, step, sigmas, k, rngs)  # [I, N * K, C, H, W]
-        if not bool(torch.isfinite(children).all()):
-            raise RunError(
-                f"step {step} of {total}: latents are not finite",
-                hint="use --dtype fp32 or bf16, or a lower guidance scale",
-            )
-        velocity = None
-        if reward is None or not loop.scores_here(step, sigma_next, branching, children.shape[1]):
-            x = children
-        else:
-            score, following, preview = loop.score(children, step, sigmas)
-            keep = loop.select(score, sigma_next, rngs)
-            x = _rows(children, keep)
-            velocity = None if following is None else _rows(following, keep)
-            kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, keep, True)
-            out.append(Candidates(step, sigma, sigma_next, score.cpu(), kept.cpu(), preview))
+            velocity = loop.velocity(x, float(sigmas[step]))
+        x, scored = loop.advance(x, velocity, step, sigmas, rngs)
+        velocity, loop.following = loop.following, None
+        if scored is not None:
+            out.append(scored)
         on_step(step + 1, total)
     final = torch.full(x.shape[:2], math.nan)
     if reward is not None:
@@ -184,35 +168,50 @@ def _rows(x: Tensor, keep: Tensor) -> Tensor:
 
 
 @dataclass
-class _Loop:
-    """What every step of one call needs."""
+class StepChoice:
+    """One step of a search: candidates, scores, and who lives on."""
 
-    generator: Generator
     reward: RewardModel | None
-    cond: PromptEmbeds
     reward_cond: PromptEmbeds | None
-    negative: PromptEmbeds | None
     search: Search
     calls: Calls
     trace: bool
     device: torch.device
 
+    def advance(
+        self, x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, rngs: list[torch.Generator]
+    ) -> tuple[Tensor, Candidates | None]:
+        """The particles [I, N, C, H, W] of the next noise level, and what was scored if there was a choice.
+
+        velocity: the model's at x. sigmas: the whole schedule [n + 1]. Raises RunError when latents are not finite.
+        """
+        search, sigma, sigma_next = self.search, float(sigmas[step]), float(sigmas[step + 1])
+        # The last step of CPS takes no noise: all candidates would be one.
+        branching = search.branches(step, sigma) and (sigma_next > 0 or search.rule() != "cps")
+        k = search.num_candidates if branching else 1
+        children = self.children(x, velocity, step, sigmas, k, rngs)  # [I, N * K, C, H, W]
+        if not bool(torch.isfinite(children).all()):
+            raise RunError(
+                f"step {step} of {len(sigmas) - 1}: latents are not finite",
+                hint="use --dtype fp32 or bf16, or a lower guidance scale",
+            )
+        if self.reward is None or not self.scores_here(sigma_next, branching, children.shape[1]):
+            return children, None
+        score, following, preview = self.score(children, step, sigmas)
+        keep = self.select(score, sigma_next, rngs)
+        self.keep_velocity(following, keep)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, keep, True)
+        return _rows(children, keep), Candidates(step, sigma, sigma_next, score.cpu(), kept.cpu(), preview)
+
+    def keep_velocity(self, following: Tensor | None, keep: Tensor) -> None:
+        """Velocities that had to be computed at the children: those of the kept ones serve the next step."""
+
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        raise RunError("scoring predicted clean latents needs the generator", hint="use score_at noisy, or drm sample")
+
     def noise(self, rngs: list[torch.Generator], count: int, shape: Sequence[int]) -> Tensor:
         """[I, count, C, H, W] from each picture's own source."""
         return torch.stack([torch.randn((count, *shape), generator=rng) for rng in rngs]).to(self.device)
-
-    def velocity(self, x: Tensor, sigma: float) -> Tensor:
-        """[I, N, C, H, W] -> the same, in micro-batches."""
-        guided = self.negative is not None and self.search.guidance_scale != 1.0
-        self.calls.generator += x.shape[0] * x.shape[1] * (2 if guided else 1)
-        owner = torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])
-
-        def some(index: Tensor) -> Tensor:
-            return self.generator.velocity(
-                x.flatten(0, 1)[index], sigma, self.cond[owner[index]], self.negative, self.search.guidance_scale
-            )
-
-        return self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])
 
     def rewards(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Scores [I, N] of latents [I, N, C, H, W] in micro-batches."""
@@ -257,7 +256,7 @@ class _Loop:
         std = law.std.reshape(-1, 1, 1, 1, 1)[0]
         return mean + std * z
 
-    def scores_here(self, step: int, sigma_next: float, branching: bool, children: int) -> bool:
+    def scores_here(self, sigma_next: float, branching: bool, children: int) -> bool:
         """Is there anything to choose among at this step?"""
         mode = self.search.mode
         if mode in ("stepwise", "beam"):
@@ -323,3 +322,30 @@ class _Loop:
                 points = (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(n)) / n
                 keep[i] = torch.searchsorted(p[i].cumsum(0), points).clamp(max=n - 1)
         return keep.to(score.device)
+
+
+@dataclass
+class _Loop(StepChoice):
+    """Steps that compute their own velocities."""
+
+    generator: Generator
+    cond: PromptEmbeds
+    negative: PromptEmbeds | None
+    following: Tensor | None = None
+    """Velocities of the particles that were kept, where they are known already."""
+
+    def keep_velocity(self, following: Tensor | None, keep: Tensor) -> None:
+        self.following = None if following is None else _rows(following, keep)
+
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        """[I, N, C, H, W] -> the same, in micro-batches."""
+        guided = self.negative is not None and self.search.guidance_scale != 1.0
+        self.calls.generator += x.shape[0] * x.shape[1] * (2 if guided else 1)
+        owner = torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])
+
+        def some(index: Tensor) -> Tensor:
+            return self.generator.velocity(
+                x.flatten(0, 1)[index], sigma, self.cond[owner[index]], self.negative, self.search.guidance_scale
+            )
+
+        return self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])

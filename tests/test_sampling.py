@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from drmcli.errors import RunError
+from drmcli.errors import InputError, RunError
 from drmcli.generator import Generator
 from drmcli.recipes.sample import picture_text
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions
-from drmcli.sampling import Search, _Loop, sample
+from drmcli.sampling import Calls, Search, StepChoice, sample
 from drmcli.tiny import world
 
 PROMPTS = list(world.captions("test"))[:3]
@@ -135,9 +135,9 @@ def test_clean_scores_reuse_their_velocity(generator: Generator, reward: RewardM
 
 def test_resampling_follows_the_weights() -> None:
     """One particle has e^10 times the weight of the others: it takes every place. Equal weights stay as they are."""
-    loop = _Loop(None, None, None, None, None, Search(mode="smc", num_candidates=4), None, False, torch.device("cpu"))  # type: ignore[arg-type]
+    choice = StepChoice(None, None, Search(mode="smc", num_candidates=4), Calls(), False, torch.device("cpu"))
     rngs = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
-    keep = loop._resample(torch.tensor([[0.0, 10.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), rngs)
+    keep = choice._resample(torch.tensor([[0.0, 10.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), rngs)
     assert keep.tolist() == [[1, 1, 1, 1], [0, 1, 2, 3]]
 
 
@@ -168,6 +168,31 @@ def test_latents_that_are_not_finite_name_the_step(
     monkeypatch.setattr(generator, "velocity", lambda x, *a: x * float("nan"))
     with pytest.raises(RunError, match="step 0 of 5"):
         draw(generator, reward)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_scheduler_in_a_stock_pipeline_is_our_sampler(
+    generator: Generator, reward: RewardModel, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    from drmcli.scheduler import StepwiseScheduler
+
+    pipe, seeds = generator.pipe, [3, 4]
+    ours = draw(generator, reward, seeds=seeds, mode="stepwise", num_candidates=3, guidance_scale=guidance)
+    scheduler = StepwiseScheduler.from_pipe(pipe, reward, prompt=PROMPTS[:2], beams=3, seed=seeds)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    for _ in range(2):  # a second call starts anew
+        theirs = pipe(
+            PROMPTS[:2],
+            num_inference_steps=5,
+            guidance_scale=guidance,
+            max_sequence_length=1,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(theirs, ours.latents, atol=1e-4, rtol=0)
+    assert [c.step for c in scheduler.candidates] == [c.step for c in ours.candidates]
+    with pytest.raises(InputError, match="made for 2 pictures"):
+        pipe(PROMPTS[0], num_inference_steps=2, guidance_scale=1.0, max_sequence_length=1)
 
 
 FLAGS = ["--steps", "4", "--stepwise", "--beams", "3", "--num-images", "3", "--batch-size", "2"]

@@ -77,9 +77,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def explained(ref: str, flag: str):
-    """Turn what loading a model can raise into one clear error."""
-    page = f"https://huggingface.co/{ref}"
+def explained(ref: str, flag: str, *, page: str | None = None):
+    """Turn what loading from a folder or the hub can raise into one clear error."""
+    page = page or f"https://huggingface.co/{ref}"
     try:
         yield
     except DrmError:

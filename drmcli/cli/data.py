@@ -1,0 +1,110 @@
+"""`drm data list|get|check`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from drmcli.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="Datasets of human preferences.")
+
+
+@app.command("list")
+def list_datasets(as_json: o.Json = False) -> None:
+    """Name the published datasets with their sizes and licences.
+
+    [bold]Example[/]
+
+      drm data list
+    """
+    from drmcli.cli.output import show_json, stdout
+    from drmcli.cli.render import table
+    from drmcli.datasets import DATASETS
+
+    if as_json:
+        show_json({name: {k: v for k, v in vars(d).items() if k != "reader"} for name, d in DATASETS.items()})
+        return
+    made = table("datasets that drm reads in their published layouts", "name", "size", "licence", "splits", "what")
+    for column in made.columns:
+        column.justify = "left"
+    made.add_row(
+        "shapes",
+        "made on the fly",
+        "this project's",
+        "train, val, test",
+        "pictures of the embedded world, ranked by its judge",
+    )
+    for name, d in DATASETS.items():
+        made.add_row(name, d.size, d.licence + (", gated" if d.gated else ""), ", ".join(d.splits), d.description)
+    stdout().print(made)
+
+
+@app.command("get")
+def get(
+    name: Annotated[str, typer.Argument(help="A published dataset; `drm data list` names them.")],
+    split: Annotated[str | None, typer.Option(help="Split (default: the one that is benched).")] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where to put it (default: data/NAME).")] = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fetch what a split needs; goes on where it stopped.
+
+    [bold]Examples[/]
+
+      drm data get hpdv2
+
+      drm data get pickapic --split validation_unique --data-dir ~/pickapic
+    """
+    from pathlib import Path
+
+    from drmcli.cli.output import Screen, show_json
+    from drmcli.recipes import data as recipe
+
+    with Screen(quiet=quiet or as_json) as screen:
+        found = recipe.get(name, split, Path(data_dir or f"data/{name}"), screen)
+    if as_json:
+        show_json(found)
+    else:
+        print(found["folder"])
+
+
+@app.command("check")
+def check(
+    path: Annotated[
+        str, typer.Argument(metavar="NAME|PATH", help="A file of pairs or rankings, or a published dataset.")
+    ],
+    data_dir: o.DataDir = None,
+    split: Annotated[str | None, typer.Option(help="Split of a published dataset.")] = None,
+    allow_outside: o.AllowOutside = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Read every picture once; name what is unreadable, double or empty. Exits with 1 when something is wrong.
+
+    [bold]Examples[/]
+
+      drm data check pairs.jsonl
+
+      drm data check hpdv2 --data-dir ~/HPDv2 --split test
+    """
+    from drmcli.cli.output import Screen, show_json, stdout
+    from drmcli.cli.render import table
+    from drmcli.recipes import data as recipe
+
+    with Screen(quiet=quiet or as_json) as screen:
+        found = recipe.examine(path, data_dir=data_dir, split=split, allow_outside=bool(allow_outside), reporter=screen)
+    if as_json:
+        show_json(found)
+    elif not quiet:
+        made = table(f"{path}: {'fine' if found['ok'] else 'something is wrong'}", "what", "found")
+        for key, value in found.items():
+            if key not in ("data", "ok"):
+                some = value[:3] if isinstance(value, list) else value
+                made.add_row(key, f"{len(value)}: {some}" if isinstance(value, list) and value else str(value or 0))
+        stdout().print(made, markup=False)
+    if not found["ok"]:
+        raise typer.Exit(1)

@@ -78,6 +78,15 @@ def bench(s: dict[str, Any]) -> None:
         f"{s['n_prompts']} prompts, {s['n_pairs']} pairs, {s['n_ties']} ties, {s['n_predicted_ties']} predicted ties,"
         f" {s['n_skipped']} pairs skipped, {s['n_images_scored']} pictures scored"
     )
+    if s["published"]:
+        shown = [row for row in s["published"] if row["comparable"] or row["model"] == "DRM"]
+        title = f"\npublished figures: the paper's, and those known to be counted alike; summary.json has all {len(s['published'])}"
+        made = table(title, "model", "accuracy", "counted as ours?", "source")
+        made.columns[3].justify = "left"
+        for row in shown:
+            same = "yes" if row["comparable"] else row["note"] or row["protocol"] or "not stated"
+            made.add_row(row["model"], f"{row['accuracy']:.1f} %", same, row["source"])
+        console.print(made)
     if len(s["by_sigma"]) > 1:
         console.print("\naccuracy by noise level, from chance (50 %) to 100 %")
         console.print(text_plot(s["by_sigma"]), markup=False)

@@ -19,6 +19,7 @@ from drmcli.config import Bench
 from drmcli.errors import RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.plots import accuracy_by_noise
+from drmcli.published import published
 from drmcli.recipes.pairs import EncodedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
@@ -196,7 +197,23 @@ def summarize(config: Bench, pairs: EncodedPairs, tables: list[Pairs], *, skippe
         "protocols": {name: a.value for name, a in every.items() if not np.isnan(a.value)},
         "protocols_ci95": {name: list(a.ci95) for name, a in every.items() if not np.isnan(a.value)},
         "by_sigma": by_sigma,
+        "published": published_beside(config.dataset, protocol),
     }
+
+
+def published_beside(dataset: str, protocol: str) -> list[dict[str, Any]]:
+    """Published figures for a dataset, best first, each with whether it is known to be counted as ours is."""
+    return [
+        {
+            "model": row.model,
+            "accuracy": row.accuracy,
+            "protocol": row.protocol,
+            "comparable": row.protocol == protocol and not row.note,
+            "note": row.note,
+            "source": row.source,
+        }
+        for row in published(dataset.removesuffix("_v2"))
+    ]
 
 
 def plan(config: Bench) -> dict[str, Any]:

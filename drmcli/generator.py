@@ -314,8 +314,8 @@ class Generator:
         for name, part in list(self.pipe.components.items()):
             if isinstance(part, torch.nn.Module):
                 setattr(self.pipe, name, None)
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
 
 

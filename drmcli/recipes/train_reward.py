@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -343,7 +344,7 @@ class Trainer:
         ]
         if backbone:
             groups.append({"params": backbone, "lr": config.lr})
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
         name = "constant_with_warmup" if config.lr_schedule == "constant" else "cosine"
         schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -420,32 +421,43 @@ class Trainer:
         self.model.train()
         processes, process = accelerator.num_processes, accelerator.process_index
         window = Window()
-        with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one is computed
-            following = (
-                ahead.submit(self.batches.micro, self.step, processes, process) if self.step < config.steps else None
-            )
-            while self.step < config.steps and following is not None:
-                started = time.monotonic()
-                micro = following.result()
-                if self.step + 1 < config.steps:
-                    following = ahead.submit(self.batches.micro, self.step + 1, processes, process)
-                lr = self.schedule.get_last_lr()[-1]
-                for batch in micro:
-                    with accelerator.accumulate(self.model):
-                        loss, scores = self._forward(batch.to(accelerator.device))
-                        # accelerate divides by the rounds and averages over processes; the loss is a sum over the global batch.
-                        accelerator.backward(loss * len(micro) * processes)
-                        window.add(loss, scores)
-                        if accelerator.sync_gradients and config.max_grad_norm:
-                            window.grad_norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
-                        self.optimizer.step()
-                        self.optimizer.zero_grad()
-                self.schedule.step()
-                if self.ema is not None:
-                    self.ema.step(self.trained)
-                self.step += 1
-                window.close_step(time.monotonic() - started)
-                self._after_step(window, lr, interruptions)
+        started = time.monotonic()
+        for micro in self._upcoming(processes, process):
+            lr = self.schedule.get_last_lr()[-1]
+            for batch in micro:
+                with accelerator.accumulate(self.model):
+                    loss, scores = self._forward(batch.to(accelerator.device))
+                    # accelerate divides by the rounds and averages over processes; the loss is a sum over the global batch.
+                    accelerator.backward(loss * len(micro) * processes)
+                    window.add(loss, scores)
+                    if accelerator.sync_gradients and config.max_grad_norm:
+                        window.grad_norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.trained)
+            self.step += 1
+            window.close_step(time.monotonic() - started)
+            self._after_step(window, lr, interruptions)
+            started = time.monotonic()
+
+    def _upcoming(self, processes: int, process: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step left. On a GPU the next ones are read while these are computed.
+
+        Not so on the CPU: a second thread's OpenMP team spins beside the first one's and halves the speed.
+        """
+        left = range(self.step, self.config.steps)
+        if self.accelerator.device.type == "cpu":
+            yield from (self.batches.micro(step, processes, process) for step in left)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            following = None
+            for step in left:
+                micro = following.result() if following else self.batches.micro(step, processes, process)
+                if step + 1 < self.config.steps:
+                    following = ahead.submit(self.batches.micro, step + 1, processes, process)
+                yield micro
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of a micro-batch (its share of the global one) and scores [N, 2]. Raises RunError when it is not finite."""

@@ -262,6 +262,90 @@ class Sample(Common, Drawing):
 
 
 @dataclass(config=strict, kw_only=True)
+class Grpo(Common, Drawing):
+    """`drm grpo`."""
+
+    reward: str = ""
+    """Reward model: a folder or a hub id. Empty: the preset's."""
+    judge: str = "none"
+    """Independent yardstick: shapes (the embedded world's judge), a second reward model, or none."""
+    prompts: str = "shapes"
+    """Prompts to learn from: shapes, or a text file with a prompt a line, of which a tenth each is held out for val and test."""
+    algorithm: Literal["step-grpo", "tempflow", "flow-grpo"] = "step-grpo"
+    """step-grpo scores candidates where they are; tempflow finishes them by the ODE; flow-grpo scores whole trajectories."""
+    updates: Positive = 40
+    """Optimizer updates."""
+    max_time: Annotated[float, Field(gt=0)] | None = None
+    """Minutes of training after which the run ends by itself; None is no limit."""
+    prompts_per_update: Positive = 16
+    """Prompts an update, over all processes."""
+    group_size: Annotated[int, Field(ge=2)] = 6
+    """Candidates of a state, or trajectories of a prompt (k and G)."""
+    steps: Positive = 10
+    """Steps of a rollout and of an evaluation's plain sampling."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance in rollouts and evaluation; 1 is without."""
+    step_rule: Literal["flow-sde", "dance-sde", "cps"] = "cps"
+    """Stochastic step."""
+    noise_level: Annotated[float, Field(gt=0, le=2)] = 0.7
+    """Its noise: a of flow-sde and cps, eta of dance-sde."""
+    window: list[Sigma] = Field(default_factory=lambda: [0.3, 1.0], min_length=2, max_length=2)
+    """Noise levels where steps are stochastic and trained; the ODE elsewhere."""
+    follow: Literal["random", "best", "mean"] = "random"
+    """The candidate that a trajectory goes on from; mean is the state without noise."""
+    log_prob: Literal["gaussian", "no-const", "guard"] = "gaussian"
+    """Form of the log-probability ratio."""
+    clip_range: Annotated[float, Field(gt=0)] = 1e-4
+    """Clipping of the ratio, whose log is a mean over latent dimensions."""
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Advantages are cut to this."""
+    min_std: Rate = 0.05
+    """Reward spread below which a group is skipped."""
+    global_std: bool = False
+    """One reward spread for the whole batch."""
+    noise_weight: bool = True
+    """Weigh each step by its noise, as TempFlow-GRPO does: late steps, whose ratios are steepest, count less."""
+    kl_beta: Rate = 0.0
+    """Weight of the KL to the reference, which is the generator without its LoRA."""
+    kl_form: Literal["exact", "no-dt", "mse"] = "exact"
+    """Form of that KL."""
+    lora_rank: Positive = 32
+    """Rank of the LoRA on the attention projections."""
+    lora_alpha: Positive = 64
+    """Its scale, alpha / rank."""
+    lr: Rate = 1e-4
+    """Learning rate."""
+    warmup_updates: NonNegative = 0
+    """Updates of linear warm-up."""
+    weight_decay: Rate = 1e-4
+    """AdamW's weight decay."""
+    max_grad_norm: Rate = 1.0
+    """Gradient norm above which gradients are scaled down; 0 is off."""
+    inner_epochs: Positive = 1
+    """Passes over the same rollouts."""
+    ema_decay: Share = 0.0
+    """Decay of a moving average of the LoRA, which is what is evaluated and saved; 0 is off."""
+    micro_batch_size: Positive = 16
+    """States in one forward and backward pass."""
+    max_batch: Positive = 64
+    """Latents in one forward pass of rollouts."""
+    eval_every: NonNegative = 10
+    """Updates between evaluations; 0 only at the start and the end."""
+    eval_prompts: Positive = 48
+    """Held-out prompts of an evaluation."""
+    eval_seeds: Positive = 2
+    """Pictures a held-out prompt, with fixed seeds."""
+    on_hacking: Literal["stop", "warn", "ignore"] = "stop"
+    """What to do when the reward rises while the judge falls beyond noise."""
+    save_every: NonNegative = 10
+    """Updates between checkpoints; 0 only when interrupted."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept."""
+    track: list[str] = Field(default_factory=list)
+    """Trackers of accelerate: tensorboard, wandb, ..."""
+
+
+@dataclass(config=strict, kw_only=True)
 class Demo:
     """`drm demo`."""
 

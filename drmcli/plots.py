@@ -56,3 +56,23 @@ def training_curve(path: Path, metrics: pd.DataFrame, *, title: str) -> None:
         right.set_ylabel("pair accuracy in training, %", color=COLORS[1])
         right.spines["top"].set_visible(False)
     figure.savefig(path, metadata={"Software": "drmcli"})
+
+
+def reward_and_judge(path: Path, history: Sequence[Mapping[str, float]], *, title: str) -> None:
+    """Reward and judge on validation prompts by update; the best point by the judge is marked."""
+    figure = Figure(figsize=(6.4, 4.0), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    x = [row["update"] for row in history]
+    axes.plot(x, [row["reward"] for row in history], "o-", color=COLORS[0], lw=1.8, ms=4)
+    axes.set(xlabel="update", title=title)
+    axes.set_ylabel("reward", color=COLORS[0])
+    axes.spines[["top", "right"]].set_visible(False)
+    judged = [row["judge"] for row in history]
+    if all(value == value for value in judged):
+        right = axes.twinx()
+        right.plot(x, judged, "o-", color=COLORS[1], lw=1.8, ms=4)
+        best = max(range(len(judged)), key=judged.__getitem__)
+        right.plot(x[best], judged[best], "o", ms=10, mfc="none", color=COLORS[1])
+        right.set_ylabel("judge", color=COLORS[1])
+        right.spines["top"].set_visible(False)
+    figure.savefig(path, metadata={"Software": "drmcli"})

@@ -42,6 +42,19 @@ SCHEMAS: dict[str, pa.Schema] = {
             "sigma_next": _real, "candidate": _int, "score": _real, "kept": _bool,
         }
     ),
+    "rollouts": pa.schema(
+        {
+            "update": _int, "prompt_id": _text, "prompt": _text, "group": _int, "step": _int, "sigma": _real, "sigma_next": _real,
+            "candidate": _int, "score": _real, "advantage": _real, "log_prob": _real, "kept": _bool,
+        }
+    ),
+    "grpo_metrics": pa.schema(
+        {
+            "update": _int, "loss": _real, "lr": _real, "grad_norm": _real, "seconds": _real, "reward_mean": _real,
+            "group_std": _real, "ratio": _real, "clip_fraction": _real, "kl": _real, "skipped_groups": _real,
+        }
+    ),
+    "grpo_evals": pa.schema({"update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real}),
     "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
     "train_reward_metrics": pa.schema(
         {

@@ -129,6 +129,29 @@ def sample(s: dict[str, Any]) -> None:
     )
 
 
+def grpo(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table(
+        f"{s['algorithm']}, best of {s['updates']} updates is {s['best_update']}; test prompts, plain sampling",
+        "",
+        "before",
+        "after",
+        "95 % of the gain",
+    )
+    for name, title in (("reward", "reward"), ("judge", "judge")):
+        if s[f"{name}_before"] is not None:
+            lo, hi = s[f"{name}_gain_ci95"]
+            made.add_row(title, f"{s[f'{name}_before']:.3f}", f"{s[f'{name}_after']:.3f}", f"{lo:+.3f} to {hi:+.3f}")
+    made.add_row("diversity", f"{s['diversity_before']:.3f}", f"{s['diversity_after']:.3f}", "")
+    console.print(made)
+    if s["stopped"]:
+        console.print(f"stopped: {s['stopped']}", markup=False)
+    console.print(
+        f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['train_seconds']:.0f} s of training on {s['device']}"
+    )
+    console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})", markup=False)
+
+
 def demo(s: dict[str, Any]) -> None:
     console = stdout()
     made = table("the same budget, two starts: accuracy on held-out pairs", "noise level", "pre-trained", "random")
@@ -147,5 +170,6 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "bench": bench,
     "score": score,
     "sample": sample,
+    "grpo": grpo,
     "demo": demo,
 }

@@ -102,12 +102,18 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
 
 
 def make_accelerator(config: TrainReward) -> Accelerator:
+    """One accumulation round is one optimizer step, also at the end of the data: the stream has no end."""
+    accelerator = start_accelerator(config, rounds=micro_batches(config, 1)[0])
+    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
+    return accelerator
+
+
+def start_accelerator(config: Any, *, rounds: int) -> Accelerator:
     """accelerate decides on processes, devices, precision, sharding and trackers."""
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is not None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    dtype = pick_dtype(config.dtype, device)
-    precision = {v: k for k, v in DTYPES.items()}[dtype]
+    precision = {v: k for k, v in DTYPES.items()}[pick_dtype(config.dtype, device)]
     for name in config.track:
         if name not in {str(t.value) for t in LoggerType}:
             raise InputError(
@@ -115,17 +121,13 @@ def make_accelerator(config: TrainReward) -> Accelerator:
             )
         if not any(str(t) == name or getattr(t, "value", None) == name for t in get_available_trackers()):
             raise MissingError(f"--track {name}: not installed", hint="pip install 'drmcli[track]'")
-    # One accumulation round is one optimizer step, also at the end of the data: the stream has no end.
-    rounds = GradientAccumulationPlugin(num_steps=micro_batches(config, 1)[0], sync_with_dataloader=False)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_plugin=rounds,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=rounds, sync_with_dataloader=False),
         log_with=config.track or None,
         project_dir=config.out or "runs",
     )
-    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
-    return accelerator
 
 
 def micro_batches(config: TrainReward, processes: int) -> tuple[int, int]:

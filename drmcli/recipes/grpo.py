@@ -1,0 +1,708 @@
+"""`drm grpo`: align a generator with a reward model, with rewards at every step, and watch that the gain is real.
+
+How it differs from the textbook: a group is k candidates of *one state* at one step, not k answers to one prompt; their rewards
+come from a model that judges noisy states; and since they share one velocity, the update needs one forward and one backward
+pass a state. flow-grpo and tempflow, the baselines, share everything but the rollout.
+
+An independent judge looks at plain samples of validation prompts with fixed seeds. The LoRA that is kept is the best by the
+judge; test prompts, which chose nothing, give the figures of the summary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from drmcli.config import Grpo, package_path
+from drmcli.errors import InputError, RunError
+from drmcli.flow import STEP_RULES, Step, kl_divergence, log_ratio
+from drmcli.generator import Generator, PromptEmbeds
+from drmcli.losses import clipped_policy_loss
+from drmcli.plots import reward_and_judge
+from drmcli.preferences import text_id
+from drmcli.recipes.train_reward import start_accelerator
+from drmcli.results import Parts
+from drmcli.reward import LORA_TARGETS, RewardModel
+from drmcli.rollout import Plan, Rollouts, Visit, roll_out
+from drmcli.run import (
+    Interruptions,
+    Reporter,
+    Run,
+    atomic_folder,
+    checkpoint_folder,
+    guarded,
+    latest_checkpoint,
+    open_run,
+    retire_checkpoints,
+    seed_of,
+    write_text,
+)
+from drmcli.sampling import Search, sample
+from drmcli.stats import mean_ci, paired_ci
+from drmcli.tiny import world
+from drmcli.tiny.judge import judge as world_judge
+
+RATIO_TOLERANCE = 1e-5
+"""Largest deviation of the first log ratio from 0."""
+
+
+def run(config: Grpo, reporter: Reporter) -> dict[str, Any]:
+    """Align a generator. Returns what summary.json holds."""
+    accelerator = start_accelerator(config, rounds=1)
+    if config.prompts_per_update % accelerator.num_processes:
+        raise InputError(
+            f"--set prompts_per_update: {config.prompts_per_update} do not split over {accelerator.num_processes} processes",
+            hint="choose a multiple: the candidates of a prompt stay together",
+        )
+    with open_run("grpo", config, reporter, main=accelerator.is_main_process) as folder:
+        if folder.finished:
+            folder.note(f"{folder.folder} is finished; --overwrite trains again")
+            return folder.finished
+        aligner = Aligner(config, accelerator, folder)
+        with Interruptions() as interruptions:
+            aligner.resume()
+            aligner.train(interruptions)
+        return aligner.finish()
+
+
+def read_prompts(config: Grpo) -> dict[str, list[str]]:
+    """Prompts of train, val and test, disjoint by text."""
+    if config.prompts == "shapes":
+        return {split: list(world.captions(split)) for split in world.SPLITS}
+    try:
+        lines = Path(package_path(config.prompts)).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--prompts {config.prompts}: cannot be read: {error}", hint="shapes, or a text file of prompts"
+        ) from None
+    texts = sorted({line.strip() for line in lines if line.strip()}, key=lambda t: hashlib.sha256(t.encode()).digest())
+    if len(texts) < 10:
+        raise InputError(f"--prompts {config.prompts}: {len(texts)} prompts", hint="give 10 or more: some are held out")
+    tenth = max(1, len(texts) // 10)
+    return {"val": texts[:tenth], "test": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
+
+
+class Judge:
+    """The independent yardstick by name: the world's judge, or a second reward model."""
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
+        self.name = name
+        self.model = (
+            None
+            if name in ("none", "shapes")
+            else RewardModel.from_pretrained(name, device=device, dtype=dtype, flag="--judge")
+        )
+
+    def __bool__(self) -> bool:
+        return self.name != "none"
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        """A score a picture, higher is better."""
+        if self.model is not None:
+            return self.model.score_images(images, prompts, sigmas=[0.25]).cpu().numpy()[:, 0]
+        small = [np.asarray(i.convert("RGB").resize((world.SIZE, world.SIZE))) for i in images]
+        return world_judge(np.stack(small), prompts).score
+
+
+@dataclass
+class Evaluation:
+    """Plain samples of held-out prompts with fixed seeds; arrays of one value a picture."""
+
+    reward: np.ndarray
+    judge: np.ndarray
+    """NaN without a judge."""
+    diversity: float
+    """Mean distance between a prompt's pictures in latent space, root mean square."""
+    prompt: np.ndarray
+    images: list[Image.Image]
+
+
+class Aligner:
+    """The generator with its LoRA, its optimizer, and the loop."""
+
+    def __init__(self, config: Grpo, accelerator: Accelerator, folder: Run):
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        device = accelerator.device
+        frozen = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        self.prompts = read_prompts(config)
+        self.generator = Generator.load(
+            config.generator,
+            revision=config.revision,
+            device=device,
+            dtype=frozen,
+            text_encoder_3=config.text_encoder_3,
+            max_sequence_length=config.max_sequence_length,
+            attention=config.attention,
+        )
+        self.reward = RewardModel.from_pretrained(
+            config.reward, device=device, dtype=frozen, attention=config.attention
+        )
+        channels = int(self.generator.transformer.config.in_channels)
+        if int(self.reward.config.transformer["in_channels"]) != channels:
+            raise InputError(
+                f"--reward {config.reward}: made for other latents than the generator's {channels} channels",
+                hint="use a reward model whose base is the generator",
+            )
+        self.judge = Judge(config.judge, device, frozen)
+        if self.judge.name == "shapes":
+            for split in ("val", "test"):
+                for text in self.prompts[split][: config.eval_prompts]:
+                    world.parse(text)
+        self.embeds: dict[str, PromptEmbeds] = {}
+        self.reward_embeds: dict[str, PromptEmbeds] = {}
+        self.negative = self.generator.encode_prompts([""]) if config.guidance_scale != 1 else None
+        side = (config.resolution or self.generator.image_size) // self.generator.pipe.vae_scale_factor
+        self.shape = (channels, side, side)
+        torch.manual_seed(seed_of("lora", config.seed))
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(LORA_TARGETS),
+        )
+        transformer = self.generator.transformer
+        transformer.requires_grad_(False)
+        transformer.add_adapter(lora)
+        self.trained = []
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                self.trained.append(parameter)
+        last = transformer.transformer_blocks[-1]
+        for name, parameter in last.named_parameters():
+            if parameter.requires_grad and "to_add_out" in name:  # the last block has no text output
+                parameter.requires_grad_(False)
+        self.trained = [p for p in self.trained if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.ema = EMAModel(self.trained, decay=config.ema_decay) if config.ema_decay else None
+        self.plan = Plan(
+            algorithm=config.algorithm,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            step_rule=config.step_rule,
+            noise_level=config.noise_level,
+            group_size=config.group_size,
+            window=(config.window[0], config.window[1]),
+            follow=config.follow,
+            min_std=config.min_std,
+            global_std=config.global_std,
+        )
+        self.update = 0
+        self.spent = 0.0
+        self.calls = [0, 0]
+        self.history: list[dict[str, float]] = []
+        self.stopped: str | None = None
+        self.metrics = Parts(folder.folder / "metrics", "grpo_metrics", folder.id)
+        self.rollouts = Parts(folder.folder / "rollouts", "rollouts", folder.id)
+        self.evals = Parts(folder.folder / "evals", "grpo_evals", folder.id)
+        if config.track and accelerator.is_main_process:
+            accelerator.init_trackers("drm-grpo")
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def cond(self, texts: Sequence[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Conditioning for generator and reward model; each text is encoded once."""
+        same = self.reward.config.base_model == self.config.generator
+        fresh = [t for t in dict.fromkeys(texts) if t not in self.embeds]
+        for i in range(0, len(fresh), 64):
+            some = fresh[i : i + 64]
+            ours = self.generator.encode_prompts(some)
+            theirs = ours if same else self.reward.generator().encode_prompts(some)
+            for j, text in enumerate(some):
+                self.embeds[text], self.reward_embeds[text] = ours[j : j + 1], theirs[j : j + 1]
+
+        def stack(kept: dict[str, PromptEmbeds]) -> PromptEmbeds:
+            return PromptEmbeds(
+                torch.cat([kept[t].prompt_embeds for t in texts]),
+                torch.cat([kept[t].pooled_prompt_embeds for t in texts]),
+            )
+
+        return stack(self.embeds), stack(self.reward_embeds)
+
+    # --- one update ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> tuple[Rollouts, list[str], PromptEmbeds]:
+        """Trajectories for this process's share of the update's prompts."""
+        config, accelerator = self.config, self.accelerator
+        rng = np.random.default_rng(seed_of("prompts", config.seed, self.update))
+        train = self.prompts["train"]
+        picked = [
+            train[i]
+            for i in rng.choice(len(train), config.prompts_per_update, replace=len(train) < config.prompts_per_update)
+        ]
+        share = config.prompts_per_update // accelerator.num_processes
+        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        seeds = [seed_of("rollout", config.seed, self.update, i) for i in range(config.prompts_per_update)][mine]
+        texts = picked[mine]
+        cond, reward_cond = self.cond(texts)
+
+        def score(x: Tensor, sigma: float, owner: Tensor) -> Tensor:
+            return self.reward.score(x, sigma, reward_cond[owner])
+
+        with accelerator.autocast():
+            rollouts = roll_out(
+                self.generator,
+                score,
+                cond,
+                self.plan,
+                negative=self.negative,
+                shape=self.shape,
+                seeds=seeds,
+                max_batch=config.max_batch,
+            )
+        return rollouts, texts, cond
+
+    def learn(self, rollouts: Rollouts, cond: PromptEmbeds) -> dict[str, float]:
+        """Gradient steps on one batch of rollouts. Returns what the metrics row shows."""
+        config, accelerator = self.config, self.accelerator
+        total = (
+            len(rollouts.visits)
+            * config.prompts_per_update
+            * (config.group_size if config.algorithm == "flow-grpo" else 1)
+        )
+        sums = torch.zeros(5, device=accelerator.device)  # loss, ratio, clipped, kl, states
+        norm = 0.0
+        for _ in range(config.inner_epochs):
+            for visit in rollouts.visits:
+                for part in torch.arange(len(visit.states), device=accelerator.device).split(config.micro_batch_size):
+                    with accelerator.autocast():
+                        loss, shown = self.part_loss(visit, part, cond)
+                    weight = len(part) / total
+                    if not bool(torch.isfinite(loss)):
+                        raise RunError(
+                            f"update {self.update}: the loss is not finite",
+                            hint="lower --lr, or use --dtype fp32 or bf16",
+                        )
+                    (loss * weight).backward()
+                    sums += torch.cat(
+                        [
+                            loss.detach()[None] * len(part),
+                            shown * len(part),
+                            torch.ones(1, device=loss.device) * len(part),
+                        ]
+                    )
+            norm = self._step()
+        sums = accelerator.reduce(sums, "sum")
+        loss, ratio, clipped, kl = (sums[:4] / sums[4]).tolist()
+        return {"loss": loss, "ratio": ratio, "clip_fraction": clipped, "kl": kl, "grad_norm": norm}
+
+    def part_loss(self, visit: Visit, part: Tensor, cond: PromptEmbeds) -> tuple[Tensor, Tensor]:
+        """Loss of some states of a visit, and [mean ratio, clip fraction, KL]. One velocity serves all their candidates."""
+        config = self.config
+        new = self._law(visit, part, cond)
+        old = Step(visit.mean[part], new.std)
+        k = visit.actions.shape[1]
+
+        def spread(step: Step) -> Step:
+            return Step(step.mean.repeat_interleave(k, 0), step.std.expand(len(part), 1, 1, 1).repeat_interleave(k, 0))
+
+        ratio = log_ratio(visit.actions[part].flatten(0, 1), spread(new), spread(old), form=config.log_prob)
+        advantages = visit.advantages[part].flatten().clamp(-config.advantage_clip, config.advantage_clip)
+        policy = clipped_policy_loss(ratio, advantages, clip_range=config.clip_range)
+        loss = policy.loss * (visit.std if config.noise_weight else 1.0)
+        kl = torch.zeros((), device=loss.device)
+        if config.kl_beta:
+            transformer = self.generator.transformer
+            transformer.disable_adapters()
+            with torch.no_grad():
+                reference = self._law(visit, part, cond)
+            transformer.enable_adapters()
+            kl = kl_divergence(new, reference, dt=visit.sigma_next - visit.sigma, form=config.kl_form).mean()
+            loss = loss + config.kl_beta * kl
+        return loss, torch.stack([policy.ratio, policy.clip_fraction, kl.detach()])
+
+    def _law(self, visit: Visit, part: Tensor, cond: PromptEmbeds) -> Step:
+        velocity = self.generator.velocity(
+            visit.states[part], visit.sigma, cond[visit.owner[part]], self.negative, self.config.guidance_scale
+        )
+        second = float(self.generator.sigmas(self.config.steps)[1])
+        return STEP_RULES[self.config.step_rule](
+            visit.states[part],
+            velocity,
+            visit.sigma,
+            visit.sigma_next,
+            noise_level=self.config.noise_level,
+            sigma_max=second,
+        )
+
+    def _step(self) -> float:
+        """Sum the gradients over processes and take one optimizer step. Returns the gradient norm."""
+        config = self.config
+        if self.accelerator.num_processes > 1:
+            for parameter in self.trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm or math.inf)
+        rate = min(1.0, (self.update + 1) / max(1, config.warmup_updates)) if config.warmup_updates else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trained)
+        return float(norm)
+
+    def check(self, rollouts: Rollouts, cond: PromptEmbeds) -> None:
+        """Before the first update: the ratio is 1, the KL 0, and the KL has a gradient once weights differ.
+
+        Raises RunError with the numbers: a run that fails here would only waste time.
+        """
+        if not rollouts.visits:
+            raise InputError(
+                f"--set window: {list(self.plan.window)} holds none of the {self.config.steps} steps",
+                hint="widen the window",
+            )
+        visit, part = (
+            rollouts.visits[0],
+            torch.arange(min(4, len(rollouts.visits[0].states)), device=self.accelerator.device),
+        )
+        with self.accelerator.autocast():
+            new = self._law(visit, part, cond)
+        old = Step(visit.mean[part], new.std)
+        off = float(log_ratio(visit.actions[part][:, 0], new, old).abs().max().detach())
+        tolerance = RATIO_TOLERANCE if self.accelerator.mixed_precision == "no" else 1e-2
+        if not off <= tolerance:
+            raise RunError(
+                f"self-check: the log ratio before the first update is {off:.2e}, not 0",
+                hint="use --dtype fp32, or report this",
+            )
+        gradient = torch.autograd.grad(
+            (new.mean - old.mean.detach() + 1e-3).square().mean(), self.trained, allow_unused=True
+        )
+        largest = max((float(g.abs().max()) for g in gradient if g is not None), default=0.0)
+        if not largest > 0:
+            raise RunError(
+                "self-check: the policy has no gradient", hint="report this with the versions of `drm doctor`"
+            )
+        self.folder.log(f"self-check: log ratio {off:.1e}, largest gradient {largest:.1e}")
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> Evaluation:
+        """Plain ODE samples of a split's prompts with fixed seeds, as a user would draw them."""
+        config = self.config
+        texts = [t for t in self.prompts[split][: config.eval_prompts] for _ in range(config.eval_seeds)]
+        seeds = [s for _ in self.prompts[split][: config.eval_prompts] for s in range(config.eval_seeds)]
+        search = Search(
+            num_inference_steps=config.steps, guidance_scale=config.guidance_scale, max_batch=config.max_batch
+        )
+        if self.ema is not None:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        latents, rewards = [], []
+        for i in range(0, len(texts), config.max_batch):
+            cond, reward_cond = self.cond(texts[i : i + config.max_batch])
+            with self.accelerator.autocast():
+                out = sample(
+                    self.generator, self.reward, cond, reward_cond, seeds[i : i + config.max_batch], search,
+                    negative=self.negative, shape=self.shape,
+                )  # fmt: skip
+            latents.append(out.latents)
+            rewards.append(out.score)
+            self.folder.reporter.progress(f"evaluate {split}", min(i + config.max_batch, len(texts)), len(texts))
+        x = torch.cat(latents)
+        images = [image for part in x.split(config.max_batch) for image in self.generator.decode(part)]
+        if self.ema is not None:
+            self.ema.restore(self.trained)
+        groups = x.unflatten(0, (-1, config.eval_seeds)).flatten(2)
+        n = config.eval_seeds
+        apart = torch.cdist(groups, groups).sum((1, 2)) / max(1, n * (n - 1)) / math.sqrt(groups.shape[2])
+        judged = self.judge(images, texts) if self.judge else np.full(len(texts), np.nan)
+        prompt = np.repeat(np.arange(len(texts) // n), n)
+        return Evaluation(torch.cat(rewards).numpy().astype(float), judged, float(apart.mean()), prompt, images)
+
+    def watch(self) -> None:
+        """Evaluate on validation prompts, keep the best point, and sound the alarm when the reward is being fooled."""
+        found = self.evaluate("val")
+        judged = mean_ci(found.judge, found.prompt) if self.judge else None
+        reward = mean_ci(found.reward, found.prompt)
+        row = {
+            "update": self.update,
+            "reward": reward.value,
+            "judge": judged.value if judged else math.nan,
+            "diversity": found.diversity,
+        }
+        self.history.append(row)
+        self.evals.add(split="val", **row)
+        grid = [
+            i.resize((96, 96), Image.Resampling.NEAREST if i.width < 96 else Image.Resampling.LANCZOS)
+            for i in found.images[:32]
+        ]
+        if self.accelerator.is_main_process:
+            with guarded(self.folder.folder):
+                make_image_grid(grid[: len(grid) // 8 * 8] or grid, max(1, len(grid) // 8), min(8, len(grid))).save(
+                    self.folder.path("samples", f"step-{self.update:06d}", "grid.png")
+                )
+        measure = "judge" if self.judge else "reward"
+        best = max(self.history, key=lambda r: r[measure])
+        if best is row:
+            self.best_judge = found.judge
+            self.save_lora(self.folder.folder / "lora")
+        judge_text = f", judge {row['judge']:.3f}" if self.judge else ""
+        self.folder.note(
+            f"update {self.update}: reward {row['reward']:+.3f}{judge_text}, diversity {row['diversity']:.3f}"
+        )
+        if self.judge and best is not row and self.config.on_hacking != "ignore":
+            gap = paired_ci(found.judge, self.best_judge, found.prompt)
+            if row["reward"] > best["reward"] and gap.ci95[1] < 0:
+                text = (
+                    f"update {self.update}: the reward rose to {row['reward']:+.3f} while the judge fell by {-gap.value:.3f} since"
+                    f" update {int(best['update'])}: the reward model is being fooled; lora/ is update {int(best['update'])}"
+                )
+                self.folder.warn(text)
+                if self.config.on_hacking == "stop":
+                    self.stopped = text
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self, interruptions: Interruptions) -> None:
+        """Updates until the last, the time limit, or the alarm."""
+        config = self.config
+        if not self.history:
+            self.watch()
+        began = time.monotonic()
+        while self.update < config.updates and self.stopped is None:
+            if config.max_time is not None and self.spent + time.monotonic() - began > 60 * config.max_time:
+                self.folder.note(f"time limit of {config.max_time:g} minutes at update {self.update}")
+                break
+            started = time.monotonic()
+            rollouts, texts, cond = self.collect()
+            if self.update == 0:
+                self.check(rollouts, cond)
+            row = self.learn(rollouts, cond)
+            self.update += 1
+            self.calls[0] += rollouts.generator_calls
+            self.calls[1] += rollouts.reward_calls
+            self.record(rollouts, texts, row, time.monotonic() - started)
+            last = self.update == config.updates
+            if (config.eval_every and self.update % config.eval_every == 0) or last:
+                self.watch()
+            asked = interruptions.asked
+            if asked or (config.save_every and self.update % config.save_every == 0) or last or self.stopped:
+                self.save(self.spent + time.monotonic() - began)
+            if asked and not last and self.stopped is None:
+                raise interruptions.stop(f"update {self.update} of {config.updates} is saved in {self.folder.folder}")
+        self.spent += time.monotonic() - began
+
+    def record(self, rollouts: Rollouts, texts: list[str], row: dict[str, float], seconds: float) -> None:
+        """A row of metrics, and every reward of the rollouts."""
+        rewards = torch.cat([v.rewards for v in rollouts.visits])
+        shown = row | {
+            "reward_mean": float(rewards.mean()),
+            "group_std": float(rewards.std(1).mean()),
+            "skipped_groups": float(1 - torch.cat([v.signal for v in rollouts.visits]).float().mean()),
+            "seconds": seconds,
+        }
+        self.metrics.add(update=self.update, lr=self.optimizer.param_groups[0]["lr"], **shown)
+        self.accelerator.log(shown, step=self.update)
+        for visit in rollouts.visits:
+            advantages = visit.advantages.reshape(visit.rewards.shape).tolist()
+            for i, text in enumerate(texts):
+                for k, reward in enumerate(visit.rewards[i].tolist()):
+                    self.rollouts.add(
+                        update=self.update, prompt_id=text_id(text), prompt=text, group=i, step=visit.step, sigma=visit.sigma,
+                        sigma_next=visit.sigma_next, candidate=k, score=reward, advantage=advantages[i][k],
+                        log_prob=self._log_prob(visit, i, k), kept=bool(visit.kept[i, k]),
+                    )  # fmt: skip
+        self.folder.reporter.progress(
+            "align",
+            self.update,
+            self.config.updates,
+            reward=shown["reward_mean"],
+            spread=shown["group_std"],
+            kl=shown["kl"],
+        )
+
+    def _log_prob(self, visit: Visit, i: int, k: int) -> float:
+        """Mean log-density of one action under the policy that drew it."""
+        state, action = (i, k) if visit.actions.shape[1] > 1 else (i * visit.rewards.shape[1] + k, 0)
+        z = (visit.actions[state, action] - visit.mean[state]) / visit.std
+        return float((-0.5 * z.square() - math.log(visit.std) - 0.5 * math.log(2 * math.pi)).mean())
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save_lora(self, target: Path) -> None:
+        """The LoRA as plain diffusers loads it, with a card."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.ema is not None:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        layers = {
+            k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.generator.transformer).items()
+        }
+        if self.ema is not None:
+            self.ema.restore(self.trained)
+        base = self.config.generator
+        with atomic_folder(target) as part:
+            StableDiffusion3Pipeline.save_lora_weights(part, transformer_lora_layers=layers, safe_serialization=True)
+            (part / "README.md").write_text(
+                f"---\nlibrary_name: diffusers\ntags: [lora, text-to-image]\n---\n\n# A LoRA aligned by `drm grpo`\n\n"
+                f"{self.config.algorithm}, update {self.update} of {self.config.updates}, base `{base}`, "
+                f"reward `{self.config.reward}`, rank {self.config.lora_rank}, alpha {self.config.lora_alpha}.\n\n"
+                "```python\npipe = StableDiffusion3Pipeline.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)\n```\n\n"
+                "The licence of the base model applies.\n"
+            )
+
+    def save(self, spent: float) -> None:
+        """A complete checkpoint of this update."""
+        if self.accelerator.is_main_process:
+            for parts in (self.metrics, self.rollouts, self.evals):
+                parts.flush(self.update)
+            state = {"spent": spent, "calls": self.calls, "history": self.history, "stopped": self.stopped}
+            tensors = {f"lora.{i}": p.detach().cpu() for i, p in enumerate(self.trained)}
+            for i, p in enumerate(self.trained):
+                tensors |= {f"adam.{i}.{k}": torch.as_tensor(v).cpu() for k, v in self.optimizer.state[p].items()}
+            if self.ema is not None:
+                tensors |= {f"ema.{i}": t.cpu().contiguous() for i, t in enumerate(self.ema.shadow_params)}
+                state["ema_step"] = self.ema.optimization_step
+            if self.judge:
+                tensors["best_judge"] = torch.from_numpy(np.asarray(self.best_judge, dtype=np.float64))
+            with atomic_folder(checkpoint_folder(self.folder, self.update)) as part:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, part / "state.safetensors")
+                write_text(part / "state.json", json.dumps(state))
+            retire_checkpoints(self.folder, self.config.keep_checkpoints, set())
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take up the newest complete checkpoint, if there is one."""
+        found = latest_checkpoint(self.folder)
+        if found is not None:
+            self.update, where = found
+            state = json.loads((where / "state.json").read_text())
+            tensors = load_file(where / "state.safetensors")
+            self.spent, self.calls, self.history, self.stopped = (
+                state[k] for k in ("spent", "calls", "history", "stopped")
+            )
+            with torch.no_grad():
+                for i, p in enumerate(self.trained):
+                    p.copy_(tensors[f"lora.{i}"])
+                    kept = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
+                    if kept:
+                        self.optimizer.state[p] = {k: v.to(p.device) for k, v in kept.items()}
+            if self.ema is not None:
+                self.ema.shadow_params = [tensors[f"ema.{i}"].to(p.device) for i, p in enumerate(self.trained)]
+                self.ema.optimization_step = state["ema_step"]
+            if self.judge:
+                self.best_judge = tensors["best_judge"].numpy()
+            self.folder.note(f"went on from update {self.update}")
+        if self.accelerator.is_main_process:
+            for parts in (self.metrics, self.rollouts, self.evals):
+                parts.drop_after(self.update if found else -1)
+
+    def finish(self) -> dict[str, Any]:
+        """Report before and after on test prompts, which chose nothing."""
+        config, folder = self.config, self.folder
+        self.save_lora(folder.folder / "lora-last")
+        after = self.evaluate_lora(folder.folder / "lora")
+        transformer = self.generator.transformer
+        transformer.disable_adapters()
+        before = self.evaluate("test")
+        transformer.enable_adapters()
+        pairs = {"reward": (before.reward, after.reward)} | (
+            {"judge": (before.judge, after.judge)} if self.judge else {}
+        )
+        gains = {name: paired_ci(b, a, before.prompt) for name, (a, b) in pairs.items()}
+        best = max(self.history, key=lambda r: r["judge" if self.judge else "reward"])
+        summary: dict[str, Any] = {
+            "lora": str(folder.folder / "lora"),
+            "lora_last": str(folder.folder / "lora-last"),
+            "seed": config.seed,
+            "device": str(self.accelerator.device),
+            "dtype": self.accelerator.mixed_precision if self.accelerator.mixed_precision != "no" else "fp32",
+            "seconds": round(time.monotonic() - folder.started, 2),
+            "train_seconds": round(self.spent, 2),
+            "algorithm": config.algorithm,
+            "updates": self.update,
+            "best_update": int(best["update"]),
+            "stopped": self.stopped,
+            "reward_before": float(before.reward.mean()),
+            "reward_after": float(after.reward.mean()),
+            "reward_gain_ci95": list(gains["reward"].ci95),
+            "judge_before": float(before.judge.mean()) if self.judge else None,
+            "judge_after": float(after.judge.mean()) if self.judge else None,
+            "judge_gain_ci95": list(gains["judge"].ci95) if self.judge else None,
+            "diversity_before": before.diversity,
+            "diversity_after": after.diversity,
+            "generator_calls": self.calls[0],
+            "reward_calls": self.calls[1],
+            "history": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in self.history],
+        }
+        if self.accelerator.is_main_process:
+            for parts in (self.metrics, self.rollouts, self.evals):
+                parts.flush(self.update)
+            with guarded(folder.folder):
+                self.before_and_after(before, after)
+                reward_and_judge(folder.folder / "curve.png", self.history, title=folder.folder.name)
+            summary = folder.finish(summary)
+        self.accelerator.end_training()
+        return summary
+
+    def evaluate_lora(self, where: Path) -> Evaluation:
+        """Test prompts with the saved LoRA in place of the current one."""
+        from peft.utils import set_peft_model_state_dict
+
+        layers = {
+            k.removeprefix("transformer."): v for k, v in load_file(where / "pytorch_lora_weights.safetensors").items()
+        }
+        now = [p.detach().clone() for p in self.trained]
+        ema, self.ema = self.ema, None
+        set_peft_model_state_dict(self.generator.transformer, layers)
+        found = self.evaluate("test")
+        with torch.no_grad():
+            for p, value in zip(self.trained, now):
+                p.copy_(value)
+        self.ema = ema
+        return found
+
+    def before_and_after(self, before: Evaluation, after: Evaluation) -> None:
+        """Test pictures before, and under them after."""
+        n = self.config.eval_seeds
+        tiles = [e.images[i * n] for e in (before, after) for i in range(min(8, len(before.images) // n))]
+        small = tiles[0].width < 128
+        tiles = [t.resize((128, 128), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS) for t in tiles]
+        make_image_grid(tiles, 2, len(tiles) // 2).save(self.folder.path("before_after.png"))
+
+
+def plan(config: Grpo) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    from drmcli.flow import schedule
+    from drmcli.recipes.plan import describe_generator
+    from drmcli.rollout import trained
+
+    known = describe_generator(config)
+    prompts = read_prompts(config)
+    made = Plan(
+        algorithm=config.algorithm, num_inference_steps=config.steps, window=(config.window[0], config.window[1])
+    )
+    sigmas = schedule(config.steps)
+    steps = sum(trained(made, sigmas, i) for i in range(config.steps))
+    each = config.group_size if config.algorithm == "flow-grpo" else 1
+    return {
+        "updates": config.updates,
+        "prompts": {split: len(texts) for split, texts in prompts.items()},
+        "trained steps of a trajectory": steps,
+        "states an update (a forward and a backward pass each)": steps * config.prompts_per_update * each,
+        "rewards an update": config.prompts_per_update * config.group_size * (1 if each > 1 else steps),
+        "download": known.download,
+    }

@@ -1,0 +1,233 @@
+"""Trajectories and their branches with what reinforcement learning needs of them.
+
+- step-grpo   at every step k candidates of one state, scored where they are, noisy (DRM, arXiv 2605.25661, section 4)
+- tempflow    the same candidates, each finished by the ODE and scored clean (TempFlow-GRPO)
+- flow-grpo   G whole trajectories a prompt, scored clean, one advantage for all their steps (arXiv 2505.05470)
+
+All candidates of a state share its velocity, so the update needs one forward and one backward pass a state, however many
+candidates there are.
+
+Dimension letters: P prompts, K candidates or group members, S states (P of step-grpo, P * K of flow-grpo), C, H, W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drmcli.errors import RunError
+from drmcli.flow import STEP_RULES, Step, sample_step
+from drmcli.generator import Generator, PromptEmbeds
+from drmcli.losses import group_advantages
+
+ALGORITHMS = ("step-grpo", "tempflow", "flow-grpo")
+
+
+@dataclass
+class Plan:
+    """How trajectories are made."""
+
+    algorithm: str = "step-grpo"
+    num_inference_steps: int = 8
+    guidance_scale: float = 1.0
+    step_rule: str = "cps"
+    noise_level: float = 0.7
+    group_size: int = 8
+    """k of step-grpo and tempflow, G of flow-grpo."""
+    window: tuple[float, float] = (0.0, 1.0)
+    """Noise levels where steps are stochastic and trained; outside the ODE is used."""
+    follow: str = "random"
+    """Which candidate the trajectory goes on from: random, best or mean (the state without noise)."""
+    min_std: float = 0.0
+    """Reward spread below which a group teaches nothing."""
+    global_std: bool = False
+    """One spread for the whole batch."""
+
+
+@dataclass
+class Visit:
+    """One step of all trajectories. float32 throughout, so that the ratio before an update is exactly 1."""
+
+    step: int
+    sigma: float
+    sigma_next: float
+    states: Tensor
+    """[S, C, H, W]."""
+    owner: Tensor
+    """[S] which prompt a state belongs to."""
+    actions: Tensor
+    """[S, K', C, H, W] the candidates drawn; K' = 1 for flow-grpo."""
+    mean: Tensor
+    """[S, C, H, W] of the policy that drew them."""
+    std: float
+    rewards: Tensor
+    """[P, K] one a candidate or trajectory."""
+    advantages: Tensor
+    """[S, K']."""
+    signal: Tensor
+    """[P] did the group have any spread?"""
+    kept: Tensor
+    """[P, K] bool: the candidate that the trajectory went on from."""
+
+
+@dataclass
+class Rollouts:
+    """What one update learns from."""
+
+    visits: list[Visit]
+    rewards: Tensor
+    """[P, K] of the last scored step (step-grpo) or the final ones."""
+    generator_calls: int
+    reward_calls: int
+
+
+Score = Callable[[Tensor, float, Tensor], Tensor]
+"""Reward [B] of latents [B, C, H, W] at a noise level, for prompts by position [B]."""
+
+
+@torch.no_grad()
+def roll_out(
+    generator: Generator,
+    score: Score,
+    cond: PromptEmbeds,
+    plan: Plan,
+    *,
+    negative: PromptEmbeds | None,
+    shape: tuple[int, int, int],
+    seeds: Sequence[int],
+    max_batch: int = 64,
+) -> Rollouts:
+    """Trajectories for P prompts, one seed each. Raises RunError for latents or rewards that are not finite."""
+    device = cond.prompt_embeds.device
+    sigmas = generator.sigmas(plan.num_inference_steps)
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    grouped = plan.algorithm == "flow-grpo"
+    k = plan.group_size
+    p = len(seeds)
+    owner = torch.arange(p, device=device).repeat_interleave(k if grouped else 1)
+    x = (
+        torch.stack([torch.randn((k if grouped else 1, *shape), generator=rng) for rng in rngs])
+        .flatten(0, 1)
+        .to(device)
+    )
+    count = Counter(generator, score, cond, negative, plan.guidance_scale, max_batch)
+    visits: list[Visit] = []
+    for step in range(len(sigmas) - 1):
+        sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
+        velocity = count.velocity(x, sigma, owner)
+        if not trained(plan, sigmas, step):
+            x = x + (sigma_next - sigma) * velocity
+            continue
+        law = STEP_RULES[plan.step_rule](
+            x, velocity, sigma, sigma_next, noise_level=plan.noise_level, sigma_max=float(sigmas[1])
+        )
+        each = 1 if grouped else k
+        z = torch.stack([torch.randn((len(x) // p * each, *shape), generator=rng) for rng in rngs]).to(device)
+        z = z.reshape(len(x), each, *shape)
+        actions = sample_step(Step(law.mean[:, None], law.std[:, None]), z)
+        if not bool(torch.isfinite(actions).all()):
+            raise RunError(
+                f"rollout step {step}: latents are not finite", hint="use --dtype fp32 or bf16, or a lower --lr"
+            )
+        empty = torch.zeros(0, device=device)
+        visit = Visit(
+            step,
+            sigma,
+            sigma_next,
+            x,
+            owner,
+            actions,
+            law.mean,
+            float(law.std.flatten()[0]),
+            empty,
+            empty,
+            empty,
+            empty,
+        )
+        visits.append(visit)
+        if grouped:
+            x = actions[:, 0]
+            continue
+        flat, who = actions.flatten(0, 1), owner.repeat_interleave(k)
+        if plan.algorithm == "tempflow":
+            ends, level = _finish(count, flat, who, sigmas, step + 1), 0.0
+        else:
+            ends, level = flat, sigma_next
+        rewards = count.score(ends, level, who).reshape(p, k)
+        _teach(visit, rewards, plan)
+        choice = _choose(plan, rewards, rngs)
+        visit.kept = torch.zeros_like(rewards, dtype=torch.bool).scatter_(1, choice[:, None], plan.follow != "mean")
+        x = law.mean if plan.follow == "mean" else actions[torch.arange(p, device=device), choice]
+    if grouped:
+        rewards = count.score(x, 0.0, owner).reshape(p, k)
+        for visit in visits:
+            _teach(visit, rewards, plan)
+            visit.advantages = visit.advantages.reshape(-1, 1)
+            visit.kept = torch.ones_like(rewards, dtype=torch.bool)
+    return Rollouts(
+        visits, visits[-1].rewards if visits else torch.zeros(p, k), count.generator_calls, count.reward_calls
+    )
+
+
+def trained(plan: Plan, sigmas: Tensor, step: int) -> bool:
+    """Is this step stochastic? The last one never: its noise is nothing or only spoils the picture."""
+    lo, hi = plan.window
+    return lo <= float(sigmas[step]) <= hi + 1e-6 and float(sigmas[step + 1]) > 0
+
+
+def _teach(visit: Visit, rewards: Tensor, plan: Plan) -> None:
+    """Advantages within each group."""
+    try:
+        found = group_advantages(rewards, min_std=plan.min_std, global_std=plan.global_std)
+    except ValueError:
+        raise RunError(
+            f"rollout step {visit.step}: a reward is not finite", hint="check the reward model; use --dtype fp32"
+        ) from None
+    visit.rewards, visit.advantages, visit.signal = rewards, found.values, found.signal
+
+
+def _choose(plan: Plan, rewards: Tensor, rngs: list[torch.Generator]) -> Tensor:
+    """Positions [P] of the candidates to go on from."""
+    if plan.follow == "best":
+        return rewards.argmax(1)
+    drawn = torch.stack([torch.randint(rewards.shape[1], (1,), generator=rng)[0] for rng in rngs])
+    return drawn.to(rewards.device)
+
+
+def _finish(count: Counter, x: Tensor, owner: Tensor, sigmas: Tensor, step: int) -> Tensor:
+    """The ODE from a step to the end."""
+    for i in range(step, len(sigmas) - 1):
+        x = x + float(sigmas[i + 1] - sigmas[i]) * count.velocity(x, float(sigmas[i]), owner)
+    return x
+
+
+@dataclass
+class Counter:
+    """Model calls in micro-batches, counted."""
+
+    generator: Generator
+    scorer: Score
+    cond: PromptEmbeds
+    negative: PromptEmbeds | None
+    guidance_scale: float
+    max_batch: int
+    generator_calls: int = 0
+    reward_calls: int = 0
+
+    def velocity(self, x: Tensor, sigma: float, owner: Tensor) -> Tensor:
+        self.generator_calls += len(x) * (2 if self.negative is not None and self.guidance_scale != 1 else 1)
+        parts = torch.arange(len(x), device=x.device).split(self.max_batch)
+        return torch.cat(
+            [
+                self.generator.velocity(x[i], sigma, self.cond[owner[i]], self.negative, self.guidance_scale)
+                for i in parts
+            ]
+        )
+
+    def score(self, x: Tensor, sigma: float, owner: Tensor) -> Tensor:
+        self.reward_calls += len(x)
+        parts = torch.arange(len(x), device=x.device).split(self.max_batch)
+        return torch.cat([self.scorer(x[i], sigma, owner[i]) for i in parts])

@@ -368,6 +368,7 @@ COMMANDS: dict[str, type] = {
     "bench": Bench,
     "score": Score,
     "sample": Sample,
+    "grpo": Grpo,
     "demo": Demo,
 }
 C = TypeVar("C")

@@ -106,7 +106,7 @@ def test_precedence(tmp_path: Path) -> None:
     file.write_text("command: train-reward\nlr: 0.1\nsteps: 11\nseed: 5\n")
     sets = ["lr=0.2", "steps=12"]
     c = configs.resolve("train-reward", file=str(file), sets=sets, flags={"steps": 13, "out": None})
-    assert (c.max_grad_norm, c.head_width, c.seed, c.lr, c.steps) == (1.0, 64, 5, 0.2, 13)
+    assert (c.max_grad_norm, c.head_width, c.seed, c.lr, c.steps) == (1.0, 32, 5, 0.2, 13)
 
 
 def test_a_runs_config_repeats_it(tmp_path: Path, drm) -> None:

@@ -111,7 +111,7 @@ class TrainReward(Common, Drawing, Data):
     """Pooling over the grid."""
     loss: Literal["bradley-terry", "thurstone"] = "bradley-terry"
     """Preference loss."""
-    margin: float = 0.0
+    margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Score difference by which Bradley-Terry wants the chosen image ahead."""
     shared_noise: bool = True
     """The images of a prompt share their noise; False draws it for each."""
@@ -121,7 +121,7 @@ class TrainReward(Common, Drawing, Data):
     """Lower end of the noise levels."""
     sigma_max: Sigma = 1.0
     """Upper end of the noise levels."""
-    logit_mean: float = 0.0
+    logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Mean of the logit-normal density."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the logit-normal density."""
@@ -483,6 +483,8 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise InputError(
             f"--config {path}: holds no `key: value` lines", hint="`drm config show tiny` prints an example"
         )
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise InputError(f"--config {path}: {strange[0]!r} is no key", hint="`drm config show tiny` prints an example")
     wanted = values.pop("command", command)
     if wanted != command:
         raise InputError(f"--config {path}: written for `drm {wanted}`", hint=f"run `drm {wanted} --config {path}`")

@@ -64,10 +64,11 @@ def read(
         return published.reader(data_dir, split, name=str(name))
     if Path(name).suffix.lower() in SUFFIXES or os.path.exists(name):
         return read_file(name, allow_outside=allow_outside)
-    close = difflib.get_close_matches(str(name), DATASETS, 1)
+    names = ["shapes", *DATASETS]  # shapes is made, not read; but it may be what was meant
+    close = difflib.get_close_matches(str(name), names, 1)
     raise InputError(
         f"{name}: neither a dataset nor a file",
-        hint=f"did you mean {close[0]}?" if close else f"use {', '.join(DATASETS)}, or a {', '.join(SUFFIXES)} file",
+        hint=f"did you mean {close[0]}?" if close else f"use {', '.join(names)}, or a {', '.join(SUFFIXES)} file",
     )
 
 

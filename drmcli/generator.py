@@ -15,6 +15,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from drmcli.config import local_or_hub
 from drmcli.errors import DrmError, InputError, MissingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer")
 TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -74,6 +76,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def load_part(kind: type, where: str, name: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    """One model of a pipeline, from safetensors. Raises InputError when weights are missing or not finite.
+
+    The libraries fill in random values for what is missing; a score from those would mean nothing.
+    """
+    model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+        where, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
+    _refuse_broken(model, f"{where}: {name}")
+    return model
 
 
 @contextmanager
@@ -171,15 +187,19 @@ class Generator:
                 config = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision)
                 with torch.device("meta"):
                     absent["transformer"] = SD3Transformer2DModel.from_config(config)
+            parts = {
+                name: load_part(getattr(import_module(library), kind), where, name, revision=revision, dtype=dtype)
+                for name, (library, kind) in ((n, v) for n, v in index.items() if n in MODELS)
+                if name not in absent
+            }
             pipe = StableDiffusion3Pipeline.from_pretrained(
-                where, revision=revision, dtype=dtype, use_safetensors=True, local_files_only=False, **absent
+                where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts
             )
-        for name, part in pipe.components.items():
+        for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
                 if not part.__class__.__name__.startswith("SD3") or "transformer" in components:
                     part.to(device)
-                _refuse_broken(part, f"{flag} {ref}: {name}")
         pipe.set_progress_bar_config(disable=True)
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length)
         if "transformer" in components:
@@ -224,6 +244,11 @@ class Generator:
     def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
         side = resolution or self.image_size
+        unit = self.pipe.vae_scale_factor * self.pipe.patch_size
+        if side % unit:
+            raise InputError(
+                f"--resolution {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}"
+            )
         return self.pipe.image_processor.preprocess(list(images), side, side, resize_mode="crop")
 
     @torch.no_grad()

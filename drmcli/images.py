@@ -75,8 +75,8 @@ class FileImage(ImageSource):
             data = Path(self.path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise BadImage(self.key, "missing") from None
-        except OSError as error:
-            raise BadImage(self.key, error.strerror or str(error)) from None
+        except (OSError, ValueError) as error:
+            raise BadImage(self.key, getattr(error, "strerror", None) or str(error)) from None
         return _not_empty(self.key, data)
 
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, RunError
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, explained, quiet_libraries, reach, use_attention
+from drmcli.generator import Generator, PromptEmbeds, explained, load_part, quiet_libraries, reach, use_attention
 from drmcli.run import seed_of
 
 LORA_TARGETS = (
@@ -152,9 +152,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
             if init == "random":
                 transformer = SD3Transformer2DModel.from_config(full).to(dtype)
             else:
-                transformer = SD3Transformer2DModel.from_pretrained(
-                    where, subfolder="transformer", revision=revision, dtype=dtype, use_safetensors=True
-                )
+                transformer = load_part(SD3Transformer2DModel, where, "transformer", revision=revision, dtype=dtype)
         config = RewardConfig(
             base_model=ref,
             base_revision=revision,
@@ -278,12 +276,8 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                 transformer = SD3Transformer2DModel.from_config(config.transformer)
             else:
                 base = local_or_hub(config.base_model, f"{flag} {model_id}: base_model")
-                transformer = SD3Transformer2DModel.from_pretrained(
-                    base,
-                    subfolder="transformer",
-                    revision=config.base_revision,
-                    use_safetensors=True,
-                    dtype=torch.float32,
+                transformer = load_part(
+                    SD3Transformer2DModel, base, "transformer", revision=config.base_revision, dtype=torch.float32
                 )
             model = cls(config, transformer)
             model.set_trainable()

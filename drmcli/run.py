@@ -112,16 +112,19 @@ def open_run(command: str, config: Any, reporter: Reporter, *, main: bool = True
     With several processes only the main one writes; the others (main=False) just name the folder.
     """
     values = configs.to_dict(config)
-    folder = (
-        Path(config.out) if config.out else _default_folder(command, values, config.resume and not config.overwrite)
-    )
+    if config.out == "":
+        raise InputError("--out: is empty", hint="name a folder, or leave --out away")
+    folder = Path(config.out) if config.out else default_folder(command, values, config.resume and not config.overwrite)
     flag = f"--out {folder}"
     if not main:
-        yield Run(folder, command, "", resumed=False, reporter=Silent())
+        follower = Run(folder, command, "", resumed=False, reporter=Silent())
+        if not config.overwrite:
+            follower.finished = _summary(folder, flag)
+        yield follower
         return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{flag}: a file, not a folder", hint="choose another --out")
     with guarded(folder, flag="--out"):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{flag}: a file, not a folder", hint="choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     try:
@@ -166,10 +169,8 @@ def _enter(folder: Path, command: str, config: Any, values: dict[str, Any], repo
                 hint="give the same options to go on, choose another --out, or --overwrite to start again there",
             )
         run = Run(folder, command, _env(folder).get("run_id", ""), resumed=True, reporter=reporter)
-        summary = folder / "summary.json"
-        if summary.is_file():
-            run.finished = json.loads(summary.read_text())
-        else:
+        run.finished = _summary(folder, flag)
+        if run.finished is None:
             run.note(f"going on with the unfinished run in {folder}")
         return run
     run = Run(folder, command, uuid.uuid4().hex[:12], resumed=False, reporter=reporter)
@@ -188,6 +189,16 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and "command" in values else None
 
 
+def _summary(folder: Path, flag: str) -> dict[str, Any] | None:
+    """The summary of a finished run, None while it is not finished."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except OSError:
+        return None
+    except ValueError:
+        raise InputError(f"{flag}: its summary.json is damaged", hint="--overwrite starts again there") from None
+
+
 def _env(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "env.json").read_text())
@@ -195,7 +206,8 @@ def _env(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _default_folder(command: str, values: dict[str, Any], resume: bool) -> Path:
+def default_folder(command: str, values: dict[str, Any], resume: bool) -> Path:
+    """Where a run goes without --out: an unfinished one of the same config under runs/, else a new folder."""
     runs = Path("runs")
     candidates = sorted(runs.glob(f"{command}-*"), reverse=True) if resume else []
     for folder in candidates:

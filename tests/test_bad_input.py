@@ -37,6 +37,12 @@ class Bench:
         Image.new("RGB", (32, 32), (200, 30, 30)).save(path)
         return path
 
+    def earlier_broken(self) -> Path:
+        """A run whose summary was cut off."""
+        folder = self.copy(self.tmp / "earlier", "broken")
+        (folder / "summary.json").write_text('{"command": "ben')
+        return folder
+
     def copy(self, of: Path, name: str = "model") -> Path:
         return Path(shutil.copytree(of, self.tmp / name))
 
@@ -348,6 +354,79 @@ def _nan_in_generator(b):
     folder = b.copy(b.generator)
     b.spoil(folder / "vae", lambda t: next(iter(t.values())).fill_(float("nan")))
     return train("--generator", folder, "--cache-dir", b.tmp / "cache")
+
+
+def _lacking(b, part: str):
+    folder = b.copy(b.generator)
+    b.spoil(folder / part, lambda t: t.pop(sorted(t)[0]))
+    return train("--generator", folder, "--cache-dir", b.tmp / "cache")
+
+
+@case(2, "text_encoder lacks the weights")
+def _text_encoder_lacks_a_tensor(b):
+    return _lacking(b, "text_encoder")
+
+
+@case(2, "vae lacks the weights")
+def _vae_lacks_a_tensor(b):
+    return _lacking(b, "vae")
+
+
+@case(2, "transformer lacks the weights")
+def _transformer_lacks_a_tensor(b):
+    return _lacking(b, "transformer")
+
+
+@case(2, "not finite")
+def _nan_in_transformer(b):
+    folder = b.copy(b.generator)
+    b.spoil(folder / "transformer", lambda t: next(iter(t.values())).fill_(float("nan")))
+    return train("--generator", folder, "--cache-dir", b.tmp / "cache")
+
+
+@case(2, "is no key")
+def _config_with_a_number_as_key(b):
+    return ["bench", "--config", b.file("odd.yaml", "1: 2\n")]
+
+
+@case(2, "--resolution 1: not a multiple of 4")
+def _resolution_too_small(b):
+    return train("--resolution", "1")
+
+
+@case(2, "summary.json is damaged")
+def _damaged_summary(b):
+    return ["bench", "--out", b.earlier_broken()]
+
+
+@case(2, "--out")
+def _out_too_long(b):
+    return train("--out", "x" * 5000)
+
+
+@case(2, "--out: is empty")
+def _out_empty(b):
+    return train("--out", "")
+
+
+@case(2, "margin")
+def _margin_not_a_number(b):
+    return train("--set", "margin=.nan")
+
+
+@case(2, "null")
+def _nul_in_a_path(b):
+    return score("a\0b.png")
+
+
+@case(3, "--reward ./gone")
+def _reward_absent(b):
+    return ["bench", "--reward", "./gone"]
+
+
+@case(2, "--device cuda")
+def _no_cuda(b):
+    return ["bench", "--device", "cuda:7"]
 
 
 @case(2, "holds no config.json")

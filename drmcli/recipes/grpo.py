@@ -38,7 +38,7 @@ from drmcli.generator import Generator, PromptEmbeds
 from drmcli.losses import clipped_policy_loss
 from drmcli.plots import reward_and_judge
 from drmcli.preferences import text_id
-from drmcli.recipes.train_reward import start_accelerator
+from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
 from drmcli.reward import LORA_TARGETS, RewardModel
 from drmcli.rollout import Plan, Rollouts, Visit, roll_out
@@ -72,6 +72,7 @@ def run(config: Grpo, reporter: Reporter) -> dict[str, Any]:
             f"--set prompts_per_update: {config.prompts_per_update} do not split over {accelerator.num_processes} processes",
             hint="choose a multiple: the candidates of a prompt stay together",
         )
+    share_folder("grpo", config, accelerator)
     with open_run("grpo", config, reporter, main=accelerator.is_main_process) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite trains again")

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drmcli.config import TrainReward
+from drmcli.config import TrainReward, to_dict
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.flow import add_noise
 from drmcli.generator import DTYPES, PromptEmbeds, pick_device, pick_dtype, use_attention
@@ -52,6 +52,7 @@ from drmcli.run import (
     Run,
     atomic_folder,
     checkpoint_folder,
+    default_folder,
     guarded,
     latest_checkpoint,
     open_run,
@@ -66,6 +67,7 @@ from drmcli.tiny.shapes import GROUP
 def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
     """Train a reward model. Returns what summary.json holds."""
     accelerator = make_accelerator(config)
+    share_folder("train-reward", config, accelerator)
     with open_run("train-reward", config, reporter, main=accelerator.is_main_process) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite trains again")
@@ -128,6 +130,13 @@ def start_accelerator(config: Any, *, rounds: int) -> Accelerator:
         log_with=config.track or None,
         project_dir=config.out or "runs",
     )
+
+
+def share_folder(command: str, config: Any, accelerator: Accelerator) -> None:
+    """Without --out, every process must name the folder that the main one chose."""
+    if accelerator.num_processes > 1 and config.out is None:
+        chosen = [str(default_folder(command, to_dict(config), config.resume and not config.overwrite))]
+        config.out = broadcast_object_list(chosen)[0]
 
 
 def micro_batches(config: TrainReward, processes: int) -> tuple[int, int]:

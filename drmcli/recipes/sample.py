@@ -324,8 +324,12 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
     if studio.reward is not None:
         ratio = len(studio.reward.transformer.transformer_blocks) / int(studio.reward.config.transformer["num_layers"])
     listed = [
-        {"path": str(folder.folder / row.path), "prompt": row.prompt, "seed": row.seed, "score": _number(row.score)}
-        for row in images.itertuples()
+        {
+            "path": str(folder.folder / row["path"]),
+            **{key: row[key] for key in ("prompt", "seed")},
+            "score": _number(row["score"]),
+        }
+        for row in images.to_dict("records")
     ]
     chosen = candidates[candidates["kept"]] if len(candidates) else candidates
     gain = candidates.groupby(["image_id", "step"])["score"].agg(["max", "mean", "std"]) if len(candidates) else None

@@ -172,9 +172,15 @@ class Bench(Common, Drawing, Data):
     """`drm bench`."""
 
     reward: str = ""
-    """Reward model: a folder or a hub id. Empty: the preset's."""
+    """Reward model: a folder or a hub id; `none` measures only the scorers. Empty: the preset's."""
+    scorers: list[str] = Field(default_factory=list)
+    """Other scorers of the same pairs: reward models, names such as pickscore, NAME=FOLDER, or callables `module:function`."""
+    against: str | None = None
+    """A second reward model or scorer for a paired test."""
     dataset: str = "shapes"
     """Dataset or file of preference pairs or rankings."""
+    calibration_split: str | None = None
+    """Split where protocols that need a tie threshold choose it, validation_unique of pickapic; None leaves them out."""
     split: str = "test"
     """Split of the dataset."""
     sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1)
@@ -243,6 +249,8 @@ class Sample(Common, Drawing):
     """Score candidates at their own noise level, or their predicted clean latents."""
     correct_noise: bool = False
     """Score what an SDE step leaves at the noise level that it really has."""
+    share_score: bool = False
+    """Compute the blocks that reward model and generator share once; needs a reward model with a frozen backbone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of smc."""
     lora: str | None = None
@@ -267,8 +275,18 @@ class Grpo(Common, Drawing):
 
     reward: str = ""
     """Reward model: a folder or a hub id. Empty: the preset's."""
+    add_rewards: list[str] = Field(default_factory=list)
+    """More rewards, REF=WEIGHT: reward models, scorers of pictures (clip, pickscore, ...) or callables `module:function`."""
+    score_at: Literal["noisy", "clean"] = "noisy"
+    """Reward candidates where they are, or by the clean latents that the policy predicts from them."""
+    reward_draws: Positive = 1
+    """Draws of a noise ensemble, each a little above the state's own noise level; 1 is the state itself."""
+    spread_penalty: Rate = 0.0
+    """This many standard deviations over reward models and draws are taken off: against reward hacking."""
+    reward_ceiling: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Rewards above are cut to it; None is no limit."""
     judge: str = "none"
-    """Independent yardstick: shapes (the embedded world's judge), a second reward model, or none."""
+    """Independent yardstick: a scorer (shapes is the embedded world's judge), a second reward model, or none."""
     prompts: str = "shapes"
     """Prompts to learn from: shapes, or a text file with a prompt a line, of which a tenth each is held out for val and test."""
     algorithm: Literal["step-grpo", "tempflow", "flow-grpo"] = "step-grpo"
@@ -277,6 +295,8 @@ class Grpo(Common, Drawing):
     """Optimizer updates."""
     max_time: Annotated[float, Field(gt=0)] | None = None
     """Minutes of training after which the run ends by itself; None is no limit."""
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Level of the judge (of the reward where there is none) on validation prompts at which the run ends; None is no target."""
     prompts_per_update: Positive = 16
     """Prompts an update, over all processes."""
     group_size: Annotated[int, Field(ge=2)] = 6
@@ -309,8 +329,12 @@ class Grpo(Common, Drawing):
     """Weight of the KL to the reference, which is the generator without its LoRA."""
     kl_form: Literal["exact", "no-dt", "mse"] = "exact"
     """Form of that KL."""
+    train: Literal["lora", "full"] = "lora"
+    """What of the transformer learns. full saves a whole pipeline folder, generator/, in place of lora/."""
+    lora_targets: list[str] | None = None
+    """Modules that get a LoRA, by the ends of their names; None is the attention projections of both streams."""
     lora_rank: Positive = 32
-    """Rank of the LoRA on the attention projections."""
+    """Rank of the LoRA."""
     lora_alpha: Positive = 64
     """Its scale, alpha / rank."""
     lr: Rate = 1e-4
@@ -325,6 +349,8 @@ class Grpo(Common, Drawing):
     """Passes over the same rollouts."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the LoRA, which is what is evaluated and saved; 0 is off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
     micro_batch_size: Positive = 16
     """States in one forward and backward pass."""
     max_batch: Positive = 64
@@ -357,6 +383,8 @@ class Demo:
     """auto, cuda, cuda:1 or cpu."""
     steps: Positive = 220
     """Training steps of each of the two reward models."""
+    updates: Positive = 20
+    """Updates of the alignment."""
     resume: bool = True
     """Go on with an unfinished demo in the same folder."""
     overwrite: bool = False

@@ -50,6 +50,17 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Level) -> Tensor:
     return (1 - s) * x0.float() + s * noise.float()
 
 
+def renoise(x: Tensor, sigma: float, higher: float, noise: Tensor) -> Tensor:
+    """A state at noise level `sigma` taken to a `higher` one by fresh noise: a x + b z, with a = (1 - s') / (1 - s), b^2 = s'^2 - a^2 s^2.
+
+    Raises ValueError unless sigma <= higher <= 1 and sigma < 1.
+    """
+    if not (sigma <= higher <= 1 and sigma < 1):
+        raise ValueError(f"renoise: {sigma} cannot be taken to {higher}")
+    keep = (1 - higher) / (1 - sigma)
+    return keep * x.float() + (higher**2 - (keep * sigma) ** 2) ** 0.5 * noise.float()
+
+
 def predict_x0(x: Tensor, velocity: Tensor, sigma: Level) -> Tensor:
     """The clean latent that a velocity points to: x - sigma v."""
     return x.float() - _level(sigma, x) * velocity.float()

@@ -297,6 +297,20 @@ class Generator:
         unconditional, conditional = v.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    def velocity_from(self, states: Sequence[Tensor], block: int, height: int, width: int) -> Tensor:
+        """v [B, C, H, W], float32, without guidance, from the states before a block: image tokens, context, time embedding.
+
+        The rest of the transformer alone: what a frozen reward model on its first blocks has computed is not computed again.
+        """
+        t = self.transformer
+        hidden, context, temb = states
+        for layer in t.transformer_blocks[block:]:
+            context, hidden = layer(hidden_states=hidden, encoder_hidden_states=context, temb=temb)
+        tokens = t.proj_out(t.norm_out(hidden, temb))  # [B, h * w, p * p * C]
+        p, channels = t.config.patch_size, t.out_channels
+        grid = tokens.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, channels))  # [B, h, w, p, p, C]
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), channels, height, width).float()
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of clean latents [B, C, H, W]."""

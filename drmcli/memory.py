@@ -1,4 +1,4 @@
-"""What training a reward model needs in memory, from its config alone.
+"""What training a reward model, or aligning a generator, needs in memory, from configs alone.
 
 The transformer is built without storage (fake tensors), one forward pass is traced, and the bytes that autograd keeps for the
 backward pass are added up. Nothing of the model's size is allocated.
@@ -6,15 +6,18 @@ backward pass are added up. Nothing of the model's size is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig
 
 from drmcli.generator import PromptEmbeds
 from drmcli.reward import RewardConfig, RewardModel
@@ -94,24 +97,97 @@ def plan_training(
         model = RewardModel(config, SD3Transformer2DModel.from_config(config.transformer))
         model.set_trainable()
     store_frozen_in(model, mixed)
+
+    def step(latents: Tensor, sigma: Tensor, cond: PromptEmbeds) -> Tensor:
+        return model(latents, sigma, cond)
+
+    def checkpointing() -> None:
+        model.gradient_checkpointing = True
+
+    size = latent_side, latent_side
+    return _traced(model, config.transformer, step, checkpointing, images, size, tokens, mixed, ema=ema, guided=False)
+
+
+def plan_policy(
+    transformer: dict[str, Any],
+    *,
+    lora: LoraConfig | None,
+    states: int,
+    latent_side: int,
+    tokens: int,
+    mixed: torch.dtype,
+    ema: bool,
+    guided: bool,
+) -> MemoryPlan:
+    """The plan for aligning a transformer on micro-batches of so many states; lora None is full fine-tuning.
+
+    guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `component_bytes`.
+    """
+    with torch.device("meta"):
+        model = SD3Transformer2DModel.from_config(transformer)
+        if lora is not None:
+            model.requires_grad_(False)
+            model.add_adapter(lora)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else mixed)
+
+    def step(latents: Tensor, sigma: Tensor, cond: PromptEmbeds) -> Tensor:
+        dtype = model.pos_embed.proj.weight.dtype
+        return model(
+            hidden_states=latents.to(dtype),
+            timestep=1000 * sigma,
+            encoder_hidden_states=cond.prompt_embeds.to(dtype),
+            pooled_projections=cond.pooled_prompt_embeds.to(dtype),
+            return_dict=False,
+        )[0]
+
+    size = latent_side, latent_side
+    return _traced(
+        model,
+        transformer,
+        step,
+        model.enable_gradient_checkpointing,
+        states,
+        size,
+        tokens,
+        mixed,
+        ema=ema,
+        guided=guided,
+    )
+
+
+def _traced(
+    model: nn.Module,
+    transformer: dict[str, Any],
+    step: Callable[[Tensor, Tensor, PromptEmbeds], Tensor],
+    checkpointing: Callable[[], None],
+    count: int,
+    size: tuple[int, int],
+    tokens: int,
+    mixed: torch.dtype,
+    *,
+    ema: bool,
+    guided: bool,
+) -> MemoryPlan:
+    """One forward pass of `step` on fake tensors, without and with gradient checkpointing, added up."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
-        channels = int(config.transformer["in_channels"])
-        latents = torch.randn(images, channels, latent_side, latent_side)
+        n = 2 * count if guided else count
+        latents = torch.randn(n, int(transformer["in_channels"]), *size)
         cond = PromptEmbeds(
-            torch.randn(images, tokens, int(config.transformer["joint_attention_dim"])),
-            torch.randn(images, int(config.transformer["pooled_projection_dim"])),
+            torch.randn(n, tokens, int(transformer["joint_attention_dim"])),
+            torch.randn(n, int(transformer["pooled_projection_dim"])),
         )
-        sigma = torch.rand(images)
+        sigma = torch.rand(n)
 
         def saved() -> int:
             with torch.autocast("cpu", dtype=mixed, enabled=mixed != torch.float32), SavedBytes(model) as counter:
-                model(latents, sigma, cond).sum()
+                step(latents, sigma, cond).sum()
             return counter.total
 
         whole = saved()
-        blocks = len(model.transformer.transformer_blocks)
-        model.gradient_checkpointing = True
+        checkpointing()
+        blocks = sum(len(m.transformer_blocks) for m in model.modules() if isinstance(m, SD3Transformer2DModel))
         checkpointed = saved() + whole // max(1, blocks)
         trained = [p for p in model.parameters() if p.requires_grad]
         bytes_of: Callable[[Any], int] = lambda ps: sum(p.numel() * p.element_size() for p in ps)  # noqa: E731
@@ -125,6 +201,25 @@ def plan_training(
             activations=whole,
             activations_checkpointed=checkpointed,
         )
+
+
+def component_bytes(
+    where: str, index: dict[str, Any], names: Sequence[str], dtype: torch.dtype, *, revision: str | None = None
+) -> dict[str, int]:
+    """Bytes of a pipeline's other models in `dtype`, from their configs alone. index: its model_index.json."""
+    found = {}
+    for name in names:
+        library, kind = index.get(name) or (None, None)
+        if not library or not kind:  # a pipeline without T5 names it with nulls
+            continue
+        cls = getattr(import_module(library), kind)
+        with torch.device("meta"):
+            if library == "diffusers":
+                model = cls.from_config(cls.load_config(where, subfolder=name, revision=revision))
+            else:
+                model = cls(AutoConfig.from_pretrained(where, subfolder=name, revision=revision))
+        found[name] = sum(p.numel() for p in model.parameters()) * torch.empty(0, dtype=dtype).element_size()
+    return found
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -33,6 +33,21 @@ def accuracy_by_noise(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any
     figure.savefig(path, metadata={"Software": "drmcli"})
 
 
+def calibration_plot(path: Path, calibration: Mapping[str, Any], *, title: str) -> None:
+    """Does a score difference mean the probability it says? `bins` of {predicted, observed, sides} and `ece`."""
+    figure = Figure(figsize=(4.4, 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    bins = calibration["bins"]
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
+    axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], "o-", color=COLORS[0], lw=1.8, ms=5)
+    axes.set(
+        xlabel="probability from the score difference", ylabel="share that people prefer",
+        title=f"{title}: calibration error {100 * calibration['ece']:.1f} %", xlim=(0, 1), ylim=(0, 1),
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": "drmcli"})
+
+
 def text_plot(rows: Sequence[Mapping[str, Any]], *, width: int = 40) -> str:
     """The same for a terminal: a bar a noise level, from 50 % (chance) to 100 %."""
     lines = []

@@ -54,7 +54,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             "group_std": _real, "ratio": _real, "clip_fraction": _real, "kl": _real, "skipped_groups": _real,
         }
     ),
-    "grpo_evals": pa.schema({"update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real}),
+    "grpo_evals": pa.schema({"update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real, "seconds": _real}),
+    "scorers": pa.schema(
+        {
+            "dataset": _text, "scorer": _text, "image": _text, "prompt_id": _text, "prompt": _text, "sigma": _real,
+            "score": _real,
+        }
+    ),
     "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
     "train_reward_metrics": pa.schema(
         {

@@ -314,8 +314,13 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def features(self, latents: Tensor, sigma: Tensor, cond: PromptEmbeds) -> list[Tensor]:
-        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B]."""
+    def features(
+        self, latents: Tensor, sigma: Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B].
+
+        states: filled with what the next block of the whole transformer would take: image tokens, context, time embedding.
+        """
         t = self.transformer
         dtype = t.pos_embed.proj.weight.dtype
         hidden = t.pos_embed(latents.to(dtype)).contiguous()  # [B, L, D]
@@ -329,10 +334,17 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                 context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=temb)
             if i in self.taps:
                 out.append(hidden)
+        if states is not None:
+            states += [hidden, context, temb]
         return out
 
-    def score(self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds) -> Tensor:
-        """R(x_sigma, c): scores [B], float32, differentiable. latents [B, C, H, W] at noise level sigma (one, or [B])."""
+    def score(
+        self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """R(x_sigma, c): scores [B], float32, differentiable. latents [B, C, H, W] at noise level sigma (one, or [B]).
+
+        states: see `features`.
+        """
         channels = int(self.config.transformer["in_channels"])
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise InputError(
@@ -346,7 +358,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                 hint="choose another height and width",
             )
         sigma = torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
-        tokens = self.features(latents, sigma, cond)
+        tokens = self.features(latents, sigma, cond, states=states)
         device_type = latents.device.type
         with torch.autocast(device_type, enabled=False):
             return self.head(tokens, latents.shape[2] // p, latents.shape[3] // p)

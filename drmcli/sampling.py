@@ -64,6 +64,8 @@ class Search:
     """smc resamples when the effective share of its particles falls below."""
     max_batch: int = 64
     """Latents in one forward pass; halved when memory does not suffice."""
+    share: bool = False
+    """The reward model is a head on the generator's own first blocks: the kept candidate's velocity goes on from them."""
 
     def rule(self) -> str:
         return self.step_rule or ("cps" if self.mode in STOCHASTIC else "ode")
@@ -87,6 +89,12 @@ class Calls:
 
     generator: int = 0
     reward: int = 0
+    shared: int = 0
+    """Generator forwards that went on from the reward model's blocks."""
+
+    def cost(self, ratio: float) -> float:
+        """In forward passes of the generator, a reward call costing `ratio` of one."""
+        return self.generator + ratio * self.reward + (1 - ratio) * self.shared
 
 
 @dataclass
@@ -177,6 +185,8 @@ class StepChoice:
     calls: Calls
     trace: bool
     device: torch.device
+    states: list[Tensor] | None = field(default=None, init=False)
+    """Image tokens, context and time embedding [I * M, ...] behind the reward model's last block, where they are shared."""
 
     def advance(
         self, x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, rngs: list[torch.Generator]
@@ -199,11 +209,11 @@ class StepChoice:
             return children, None
         score, following, preview = self.score(children, step, sigmas)
         keep = self.select(score, sigma_next, rngs)
-        self.keep_velocity(following, keep)
+        self.keep_velocity(following, keep, children, sigma_next)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, keep, True)
         return _rows(children, keep), Candidates(step, sigma, sigma_next, score.cpu(), kept.cpu(), preview)
 
-    def keep_velocity(self, following: Tensor | None, keep: Tensor) -> None:
+    def keep_velocity(self, following: Tensor | None, keep: Tensor, children: Tensor, sigma: float) -> None:
         """Velocities that had to be computed at the children: those of the kept ones serve the next step."""
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
@@ -221,10 +231,20 @@ class StepChoice:
         self.calls.reward += x.shape[0] * x.shape[1]
         owner = torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])
 
-        def some(index: Tensor) -> Tensor:
-            return reward.score(x.flatten(0, 1)[index], sigma, conditions[owner[index]])
+        parts: list[list[Tensor]] = []
 
-        return self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])
+        def some(index: Tensor) -> Tensor:
+            flat, cond = x.flatten(0, 1)[index], conditions[owner[index]]
+            if not self.search.share:
+                return reward.score(flat, sigma, cond)
+            if int(index[0]) == 0:  # the first part, perhaps once more after memory did not suffice
+                parts.clear()
+            parts.append([])
+            return reward.score(flat, sigma, cond, states=parts[-1])
+
+        scores = self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])
+        self.states = [torch.cat(each) for each in zip(*parts)] if self.search.share else None
+        return scores
 
     def _in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:
         while True:
@@ -334,8 +354,42 @@ class _Loop(StepChoice):
     following: Tensor | None = None
     """Velocities of the particles that were kept, where they are known already."""
 
-    def keep_velocity(self, following: Tensor | None, keep: Tensor) -> None:
-        self.following = None if following is None else _rows(following, keep)
+    def keep_velocity(self, following: Tensor | None, keep: Tensor, children: Tensor, sigma: float) -> None:
+        if following is not None:
+            self.following = _rows(following, keep)
+        elif self.states is not None and sigma > 0:
+            self.following = self._go_on(
+                _rows(children, keep),
+                keep + torch.arange(len(keep), device=keep.device)[:, None] * children.shape[1],
+                sigma,
+            )
+        self.states = None
+
+    def _go_on(self, x: Tensor, where: Tensor, sigma: float) -> Tensor:
+        """Velocities of kept particles x [I, N, C, H, W] whose shared states are at `where` [I, N]."""
+        assert self.states is not None
+        assert self.reward is not None
+        states, rows = self.states, where.flatten()
+        first = len(self.reward.transformer.transformer_blocks)
+        self.calls.shared += len(rows)
+        size = x.shape[-2], x.shape[-1]
+        v = self._in_batches(
+            lambda i: self.generator.velocity_from([s[rows[i]] for s in states], first, *size), len(rows)
+        )
+        v = v.unflatten(0, x.shape[:2])
+        if self.negative is None or self.search.guidance_scale == 1.0:
+            return v
+        self.calls.generator += len(rows)
+        flat, negative = x.flatten(0, 1), self.negative
+
+        def without(i: Tensor) -> Tensor:
+            blank = PromptEmbeds(
+                negative.prompt_embeds.expand(len(i), -1, -1), negative.pooled_prompt_embeds.expand(len(i), -1)
+            )
+            return self.generator.velocity(flat[i], sigma, blank)
+
+        u = self._in_batches(without, len(rows)).unflatten(0, x.shape[:2])
+        return u + self.search.guidance_scale * (v - u)
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
         """[I, N, C, H, W] -> the same, in micro-batches."""

@@ -88,7 +88,7 @@ def draw(
         )
         latents.append(out.latents)
         scores.append(out.score)
-        cost += out.calls.generator + ratio * out.calls.reward
+        cost += out.calls.cost(ratio)
     seconds = time.perf_counter() - started
     x = torch.cat(latents)
     pixels = np.stack([np.asarray(p) for p in generator.decode(x)])

@@ -2,8 +2,9 @@
 
     python examples/overhead.py
 
-Two ratios on the embedded model: `drm bench` on 1,000 pairs against the bare passes of the same pictures (VAE, text encoders,
-reward model), and a training step with a warm cache against the bare forward and backward of the truncated transformer.
+Ratios on the embedded model: `drm bench` on 1,000 pairs against the bare passes of the same pictures (VAE, text encoders, reward
+model), a training step with a warm cache against the bare forward and backward of the truncated transformer, step-wise sampling
+against the forward passes that it counts, and an update of `drm grpo` against its forward and backward passes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from pathlib import Path
 import torch
 
 from drmcli.config import resolve
-from drmcli.generator import Generator
+from drmcli.flow import add_noise
+from drmcli.generator import Generator, PromptEmbeds
 from drmcli.images import load_image
-from drmcli.recipes import bench, train_reward
-from drmcli.recipes.pairs import LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
+from drmcli.recipes import bench, grpo, train_reward
+from drmcli.recipes.pairs import LazyGenerator, encode_pairs, first_pairs, load_preferences
 from drmcli.results import read
 from drmcli.reward import RewardModel
+from drmcli.rollout import Rollouts
 from drmcli.run import Silent, open_run
+from drmcli.sampling import Search, sample
+from drmcli.tiny import world
 
 
 def bench_ratio(folder: Path, repeats: int = 3) -> None:
@@ -76,44 +81,128 @@ def bare_bench(config, data) -> float:
     return time.perf_counter() - started
 
 
-def step_ratio(folder: Path, steps: int = 40) -> None:
-    """Whole steps of the recipe against bare passes of the same batches. Steps alternate so that both see the same machine."""
-    flags = {
-        "out": str(folder / "train"),
-        "cache_dir": str(folder / "cache"),
-        "steps": steps,
-        "save_every": 0,
-        "log_every": 1,
-    }
-    config = resolve("train-reward", flags=flags | {"eval_pairs": 50, "shapes_prompts": 400})
-    train_reward.run(config, Silent())
-    seconds = read(folder / "train" / "metrics")["seconds"].tolist()[5:]
+class BareSteps(Silent):
+    """After each whole step, outside its time, the bare forward and backward of the same batch: both see the same machine."""
 
-    accelerator = train_reward.make_accelerator(config)
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.model: RewardModel | None = None
+        self.batches: train_reward.Batches | None = None
+
+    def progress(self, task: str, done: int, total: int, **fields: object) -> None:
+        if task != "train" or self.model is None or self.batches is None:
+            return
+        batch = self.batches.micro(done - 1, 1, 0)[0]
+        noisy = add_noise(batch.latents, batch.noise, batch.sigma)
+        weights = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+        started = time.perf_counter()
+        torch.autograd.grad(self.model.features(noisy, batch.sigma, batch.cond)[-1].square().mean(), weights)
+        self.seconds.append(time.perf_counter() - started)
+
+
+def step_ratio(folder: Path, steps: int = 60) -> None:
+    """Whole steps of the recipe against bare passes of the same batches, in turns."""
+    flags = {"cache_dir": str(folder / "cache"), "steps": steps, "save_every": 0, "log_every": 1, "eval_pairs": 50}
+    config = resolve("train-reward", flags=flags | {"out": str(folder / "train"), "shapes_prompts": 400})
+    device = torch.device("cpu")
     with open_run("train-reward", resolve("train-reward", flags={"out": str(folder / "bare")}), Silent()) as run:
-        generator = LazyGenerator.of(config, accelerator.device)
+        generator = LazyGenerator.of(config, device)
         data = load_preferences("shapes", "train", config, generator, Silent(), flag="")
         pairs, _, _ = encode_pairs(data, config, generator, run, resolution=None)
-    assert len(PairScorer(pairs).items)
-    batches = train_reward.Batches(config, [pairs], [1.0])
-    model = train_reward.make_model(config).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    bare = []
-    for step in range(steps):
-        batch = batches.micro(step, 1, 0)[0]
-        noisy = (1 - batch.sigma[:, None, None, None]) * batch.latents + batch.sigma[:, None, None, None] * batch.noise
-        started = time.perf_counter()
-        loss = model.features(noisy, batch.sigma, batch.cond)[-1].square().mean()
-        torch.autograd.grad(
-            loss, [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
-        )
-        bare.append(time.perf_counter() - started)
-    assert trained
-    a, b = statistics.median(seconds), statistics.median(bare[5:])
-    print(f"training step, {config.batch_size} pairs, {len(batch.latents)} pictures, warm cache:")
+    reporter = BareSteps()
+    reporter.batches = train_reward.Batches(config, [pairs], [1.0])
+    reporter.model = train_reward.make_model(config).train()
+    train_reward.run(config, reporter)
+    whole = read(folder / "train" / "metrics")["seconds"].tolist()
+    a, b = statistics.median(whole[5:]), statistics.median(reporter.seconds[5:])
+    pictures = len(reporter.batches.micro(0, 1, 0)[0].latents)
+    print(f"training step, {config.batch_size} pairs, {pictures} pictures, warm cache:")
     print(
         f"  whole step {1000 * a:.0f} ms, bare forward and backward {1000 * b:.0f} ms, ratio {a / b:.2f} (to be at most 1.15)"
     )
+
+
+def sampling_ratio(pictures: int = 16, repeats: int = 5) -> None:
+    """`drm sample --stepwise --beams 4` without loading, against the forward passes that it counts, in turns."""
+    config = resolve("sample", flags={"mode": "stepwise", "beams": 4})
+    generator = Generator.load(config.generator, max_sequence_length=config.max_sequence_length)
+    reward = RewardModel.from_pretrained(config.reward)
+    prompts = list(world.captions("test"))[:pictures]
+    search = Search(mode="stepwise", num_candidates=4, num_inference_steps=config.steps, max_batch=config.max_batch)
+    cond = generator.encode_prompts(prompts)
+    whole, bare = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        cond = generator.encode_prompts(prompts)
+        out = sample(generator, reward, cond, cond, list(range(pictures)), search, shape=(4, 16, 16))
+        generator.decode(out.latents)
+        whole.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        with torch.no_grad():
+            cond = generator.encode_prompts(prompts)
+            for _ in range(out.calls.generator // pictures):
+                generator.velocity(out.latents, 0.5, cond)
+            many, owner = out.latents.repeat_interleave(4, 0), torch.arange(pictures).repeat_interleave(4)
+            for _ in range((out.calls.reward - pictures) // len(many)):
+                for part in torch.arange(len(many)).split(config.max_batch):
+                    reward.score(many[part], 0.5, cond[owner[part]])
+            reward.score(out.latents, 0.0, cond)
+            generator.decode(out.latents)
+        bare.append(time.perf_counter() - started)
+    a, b = statistics.median(whole), statistics.median(bare)
+    print(f"step-wise sampling, {pictures} pictures, 4 candidates, {config.steps} steps:")
+    print(f"  whole {a:.2f} s, its forward passes alone {b:.2f} s, ratio {a / b:.2f} (to be at most 1.15)")
+
+
+def update_ratio(folder: Path, repeats: int = 5) -> None:
+    """One update of `drm grpo` against its forward and backward passes alone, in turns; and how it grows with k."""
+    times: dict[int, tuple[float, float, float]] = {}
+    for k in (6, 12):
+        config = resolve("grpo", flags={"out": str(folder / f"grpo-{k}"), "group_size": k})
+        with open_run("grpo", config, Silent()) as run:
+            aligner = grpo.Aligner(config, train_reward.start_accelerator(config, rounds=1), run)
+            whole, bare, rewards = [], [], []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                rollouts, _, cond = aligner.collect()
+                aligner.learn(rollouts, cond)
+                whole.append(time.perf_counter() - started)
+                aligner.update += 1
+                seconds, of_rewards = bare_update(aligner, rollouts, cond)
+                bare.append(seconds)
+                rewards.append(of_rewards)
+        times[k] = statistics.median(whole), statistics.median(bare), statistics.median(rewards)
+    for k, (a, b, r) in times.items():
+        print(f"one update of drm grpo, {config.prompts_per_update} prompts, {k} candidates a state:")
+        print(
+            f"  whole {a:.2f} s, its passes alone {b:.2f} s ({r:.2f} s of reward), ratio {a / b:.2f} (to be at most 1.20)"
+        )
+    print(
+        f"  12 candidates instead of 6: {times[12][0] - times[6][0]:+.2f} s, reward passes {times[12][2] - times[6][2]:+.2f} s"
+    )
+
+
+def bare_update(aligner: grpo.Aligner, rollouts: Rollouts, cond: PromptEmbeds) -> tuple[float, float]:
+    """Seconds of an update's passes on the same states, and of its reward passes among them."""
+    config, generator, reward = aligner.config, aligner.generator, aligner.rewards.models[0]
+    first, started, of_rewards = rollouts.visits[0], time.perf_counter(), 0.0
+    with torch.no_grad():
+        for _ in range(config.steps):
+            generator.velocity(first.states, 0.5, cond)
+        for visit in rollouts.visits:
+            flat, owner = visit.actions.flatten(0, 1), visit.owner.repeat_interleave(visit.actions.shape[1])
+            begun = time.perf_counter()
+            for part in torch.arange(len(flat)).split(config.max_batch):
+                reward.score(flat[part], visit.sigma_next, cond[owner[part]])
+            of_rewards += time.perf_counter() - begun
+    for visit in rollouts.visits:
+        for part in torch.arange(len(visit.states)).split(config.micro_batch_size):
+            if config.kl_beta:
+                with torch.no_grad(), aligner.before_training():
+                    generator.velocity(visit.states[part], visit.sigma, cond[part])
+            loss = generator.velocity(visit.states[part], visit.sigma, cond[part]).square().mean()
+            torch.autograd.grad(loss, aligner.trained)
+    return time.perf_counter() - started, of_rewards
 
 
 if __name__ == "__main__":
@@ -121,3 +210,5 @@ if __name__ == "__main__":
         print(f"{torch.get_num_threads()} threads")
         step_ratio(Path(name))
         bench_ratio(Path(name))
+        sampling_ratio()
+        update_ratio(Path(name))

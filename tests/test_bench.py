@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,11 +17,13 @@ from conftest import write_pairs
 from safetensors.torch import save_file
 
 from drmcli.config import resolve
-from drmcli.errors import Interrupted
+from drmcli.errors import Interrupted, RunError
+from drmcli.preferences import Preferences
 from drmcli.recipes import bench
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Silent
+from drmcli.stats import Pairs
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {
@@ -217,19 +221,123 @@ def test_demo_tells_the_whole_story(tmp_path: Path, drm, monkeypatch: pytest.Mon
 
     original = recipe.resolve
 
+    less = {
+        "train-reward": {"shapes_prompts": 16, "shapes_generated": 0.0, "eval_pairs": 12},
+        "bench": {"shapes_prompts": 16, "shapes_generated": 0.0, "pairs": 12},
+        "sample": {"steps": 2},
+        "grpo": {
+            "steps": 2,
+            "prompts_per_update": 2,
+            "group_size": 2,
+            "eval_prompts": 2,
+            "eval_every": 2,
+            "min_std": 0.0,
+        },
+    }
+
     def small(command: str, flags: dict) -> object:
-        less = (
-            {"shapes_prompts": 16, "shapes_generated": 0.0}
-            if command != "sample"
-            else {"prompts": flags["prompts"][:6], "steps": 2}
-        )
-        more = {"train-reward": {"eval_pairs": 12}, "bench": {"pairs": 12}, "sample": {}}[command]
-        return original(command, flags=flags | less | more)
+        fewer = {"prompts": flags["prompts"][:6]} if command == "sample" else {}
+        return original(command, flags=flags | less[command] | fewer)
 
     monkeypatch.setattr(recipe, "resolve", small)
-    result = drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json")
+    result = drm("demo", "--steps", "2", "--updates", "2", "--out", tmp_path / "demo", "--json")
     assert result.code == 0, result.err
     page = Path(result.json["report"]).read_text()
-    assert page.count("<img") == 1 + 2 * recipe.SHOWN + 4 * recipe.EXAMPLES
+    assert page.count("<img") == 3 + 3 * recipe.SHOWN + 4 * recipe.EXAMPLES
     assert np.isfinite(result.json["bench"]["accuracy"])
-    assert drm("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").json == result.json
+    again = drm("demo", "--steps", "2", "--updates", "2", "--out", tmp_path / "demo", "--json")
+    assert again.json == result.json
+
+
+def redness(images: list, prompts: list[str]) -> list[float]:
+    """A scorer of pictures, named as test_bench:redness."""
+    return [float(np.asarray(image)[..., 0].mean()) for image in images]
+
+
+def test_scorers_beside_on_the_same_pairs(reward_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    flags = {"pairs": 40, "sigmas": [0.25], "scorers": ["shapes", "test_bench:redness"], "against": "shapes"}
+    summary = run(reward_folder, tmp_path / "run", **flags)
+    ours, judge, red = summary["scorers"]
+    assert ours["difference"] == 0
+    assert judge["accuracy"] == 100  # the judge labelled the held-out pairs, without noise
+    assert judge["difference"] == pytest.approx(100 - summary["accuracy"])
+    assert summary["against"] == judge
+    table = read(tmp_path / "run" / "scorers.parquet")
+    each = table[table["scorer"] == "test_bench:redness"].set_index(["image", "prompt_id"])["score"]
+    pairs = read(tmp_path / "run" / "pairs.parquet")
+    right = [each[(row.chosen, row.prompt_id)] > each[(row.rejected, row.prompt_id)] for row in pairs.itertuples()]
+    assert red["accuracy"] == pytest.approx(100 * np.mean(right))
+
+
+def test_scorers_alone(tmp_path: Path) -> None:
+    summary = run(Path("none"), tmp_path / "run", pairs=20, scorers=["shapes"])
+    assert summary["reward"] == "shapes"
+    assert summary["accuracy"] == 100
+    assert len(read(tmp_path / "run" / "pairs.parquet")) == summary["n_pairs"]
+
+
+def test_a_damaged_picture_leaves_every_scorer(reward_folder: Path, tmp_path: Path) -> None:
+    """It is named and counted, and its pairs leave the denominators of all."""
+    file = ranking(tmp_path / "data", [[1, 2, 3, 4], [4, 3, 2, 1]])
+    (file.parent / "1-a.png").write_bytes(b"")
+    flags = {"dataset": str(file), "scorers": ["shapes"], "max_bad": 30, "sigmas": [0.25]}
+    summary = run(reward_folder, tmp_path / "run", **flags)
+    assert [row["n_skipped"] for row in summary["scorers"]] == [6, 6]
+    assert summary["n_pairs"] == 6
+    assert "1-a.png" in summary["bad_images"][0]
+    alone = run(Path("none"), tmp_path / "alone", **flags)
+    assert (alone["n_pairs"], alone["n_skipped"], len(alone["bad_images"])) == (6, 6, 1)
+    assert summary["scorers"][1]["accuracy"] == alone["accuracy"]
+    with pytest.raises(RunError, match="1 of 4 images cannot be read"):
+        run(Path("none"), tmp_path / "strict", **flags | {"max_bad": 1})
+
+
+def test_scoring_pictures_goes_on_after_an_interruption(tmp_path: Path, monkeypatch) -> None:
+    """Ctrl-C while the third batch is scored; no picture is scored twice."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import test_bench
+
+    batches: list[int] = []
+    plainly = test_bench.redness
+
+    def counted(images: list, prompts: list[str]) -> list[float]:
+        batches.append(len(images))
+        if len(batches) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plainly(images, prompts)
+
+    flags = {"pairs": 40, "batch_size": 8, "scorers": ["test_bench:redness"]}
+    plain = run(Path("none"), tmp_path / "plain", **flags)
+    monkeypatch.setattr(test_bench, "redness", counted)
+    with pytest.raises(Interrupted):
+        run(Path("none"), tmp_path / "run", **flags)
+    summary = run(Path("none"), tmp_path / "run", **flags)
+    assert sum(batches) == summary["n_images_scored"]
+    assert summary["accuracy"] == plain["accuracy"]
+
+
+def test_breakdown_and_calibration() -> None:
+    """Two styles with hand-counted accuracies; a pair counts for both models that drew it."""
+    data = Preferences(
+        name="x", split="test", protocol="strict", images=[], prompts=["a"], prompt_ids=["a"],
+        pairs=pd.DataFrame(
+            {
+                "pair_id": list("abcd"), "prompt": 0, "chosen": 0, "rejected": 1, "label": 1.0, "weight": 1.0,
+                "chosen_first": True, "category": ["photo", "photo", "photo", "anime"],
+                "source_chosen": ["m", "m", "n", "n"], "source_rejected": ["n", "o", "o", "m"],
+            }
+        ),
+    )  # fmt: skip
+    table = Pairs(
+        prompt=np.zeros(4), label=np.ones(4), score_chosen=np.array([1.0, 0.0, 1.0, 0.0]),
+        score_rejected=np.array([0.0, 1.0, 0.0, 1.0]), chosen_first=np.ones(4, bool),
+    )  # fmt: skip
+    found = bench.breakdown(data, table, "strict")
+    assert [(r["name"], r["n_pairs"], round(r["accuracy"], 1)) for r in found["category"]] == [
+        ("photo", 3, 66.7), ("anime", 1, 0.0),
+    ]  # fmt: skip
+    assert {r["name"]: (r["n_pairs"], round(r["accuracy"], 1)) for r in found["model"]} == {
+        "m": (3, 33.3), "n": (3, 66.7), "o": (2, 50.0),
+    }  # fmt: skip
+    assert "source" not in found

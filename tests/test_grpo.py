@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drmcli.config import resolve
+from drmcli.config import package_path, resolve
 from drmcli.errors import InputError, Interrupted, RunError
 from drmcli.flow import Step, log_ratio
+from drmcli.memory import SavedBytes
 from drmcli.recipes import grpo
 from drmcli.results import read
 from drmcli.rollout import Plan, trained
@@ -279,3 +280,104 @@ def test_sample_takes_the_lora(tmp_path: Path, config, drm) -> None:
     assert aligned.code == 0, aligned.err
     pictures = [Path(r.json["images"][0]["path"]).read_bytes() for r in (plain, aligned)]
     assert pictures[0] != pictures[1]
+
+
+def brightness(images: list, prompts: list[str]) -> list[float]:
+    """A reward of pictures, named as test_grpo:brightness."""
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def test_a_callable_and_a_second_model_are_added_by_their_weights(
+    tmp_path: Path, config, reward_folder: Path, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    alone = aligner(config(tmp_path), tmp_path / "a")
+    more = [f"{reward_folder}=0.5", "test_grpo:brightness=10"]
+    summed = aligner(config(tmp_path, add_rewards=more), tmp_path / "b")
+    texts = alone.prompts["val"][:3]
+    cond, conds = summed.cond(texts)
+    assert len(conds) == 2
+    x = torch.randn(3, *summed.shape, generator=torch.Generator().manual_seed(0))
+    single = alone.reward_of(x, 0.0, *alone.cond(texts), texts)
+    bright = torch.tensor(brightness(summed.generator.decode(x), texts))
+    torch.testing.assert_close(summed.reward_of(x, 0.0, cond, conds, texts), 1.5 * single + 10 * bright)
+    # At a noise level the picture is the one that the policy predicts, for a velocity a state.
+    before = summed.calls[0]
+    summed.reward_of(x, 0.5, cond, conds, texts)
+    assert summed.calls[0] == before + 3
+
+
+def test_spread_and_ceiling(tmp_path: Path, config, reward_folder: Path) -> None:
+    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = aligner(config(tmp_path), tmp_path / "a")
+    texts = plain.prompts["val"][:3]
+    one = plain.reward_of(x, 0.5, *plain.cond(texts), texts)
+    # Two equal models have no spread; their sum is twice the one.
+    twins = aligner(config(tmp_path, add_rewards=[str(reward_folder)], spread_penalty=3.0), tmp_path / "b")
+    torch.testing.assert_close(twins.reward_of(x, 0.5, *twins.cond(texts), texts), 2 * one)
+    drawn = [aligner(config(tmp_path, reward_draws=4, spread_penalty=p), tmp_path / f"d{p}") for p in (0.0, 1.0)]
+    free, held = (a.reward_of(x, 0.5, *a.cond(texts), texts) for a in drawn)
+    assert (held < free).all()
+    capped = aligner(config(tmp_path, reward_ceiling=float(one.median())), tmp_path / "c")
+    torch.testing.assert_close(capped.reward_of(x, 0.5, *capped.cond(texts), texts), one.clamp(max=float(one.median())))
+    with pytest.raises(InputError, match="has no spread"):
+        aligner(config(tmp_path, spread_penalty=1.0), tmp_path / "e")
+
+
+def test_full_fine_tuning_saves_a_pipeline_of_its_own(tmp_path: Path, config) -> None:
+    flags = {"train": "full", "lr": 1e-4, "kl_beta": 0.1, "updates": 3, "eval_every": 3}
+    summary = align(config(tmp_path / "whole", **flags))
+    assert summary["lora"] is None
+    assert (tmp_path / "whole" / "generator" / "model_index.json").exists()
+    weights = load_file(tmp_path / "whole" / "generator-last" / "transformer" / "diffusion_pytorch_model.safetensors")
+    base = Path(package_path(resolve("grpo").generator))
+    start = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    moved = max(float((weights[k].float() - start[k].float()).abs().max()) for k in start)
+    assert 0 < moved < 0.1
+    metrics = read(tmp_path / "whole" / "metrics")
+    assert metrics["kl"].iloc[0] == pytest.approx(0, abs=1e-9)
+    assert metrics["kl"].iloc[-1] > 0
+
+
+def test_ends_at_the_target(tmp_path: Path, config) -> None:
+    summary = align(config(tmp_path, target=0.1))
+    assert summary["updates"] == 0
+    assert "target" in summary["stopped"]
+
+
+def test_unknown_lora_targets(tmp_path: Path, config) -> None:
+    with pytest.raises(InputError, match="lora_targets"):
+        aligner(config(tmp_path, lora_targets=["no_such_layer"]), tmp_path / "a")
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_memory_plan_is_what_an_update_uses(tmp_path: Path, config, train: str, checkpointed: bool) -> None:
+    """The plan of the policy and the frozen models beside it, against the bytes of real tensors."""
+    c = config(tmp_path, train=train, gradient_checkpointing=checkpointed, micro_batch_size=4)
+    memory = grpo.plan(c)["memory"]
+    a = aligner(c, tmp_path / "a")
+    rollouts, _, cond = a.collect()
+    with SavedBytes(a.generator.transformer) as kept:
+        loss, _ = a.part_loss(rollouts.visits[0], torch.arange(4), cond)
+    loss.backward()
+    a.optimizer.step()
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    policy = a.generator.transformer
+    grads = size(p.grad for p in a.trained if p.grad is not None)
+    moments = size(t for s in a.optimizer.state.values() for t in s.values())
+    used = size(policy.parameters()) + size(policy.buffers()) + grads + moments + kept.total
+    planned = memory["total_checkpointed" if checkpointed else "total"] - sum(memory["beside"].values())
+    blocks = len(policy.transformer_blocks)
+    again = memory["activations"] // blocks if checkpointed else 0  # one block lives again while it is recomputed
+    assert planned == pytest.approx(used + again, rel=0.2)
+    real = {
+        "vae": a.generator.pipe.vae,
+        "text_encoder": a.generator.pipe.text_encoder,
+        "reward model": a.rewards.models[0],
+    }
+    for name, model in real.items():
+        assert memory["beside"][name] == pytest.approx(size(model.parameters()), rel=0.02)

@@ -6,8 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from drmcli.errors import InputError, RunError
 from drmcli.generator import Generator
@@ -90,6 +92,27 @@ def test_the_best_candidate_is_kept(generator: Generator, reward: RewardModel) -
         assert step.score.shape == (3, 4)
         assert torch.equal(step.kept.int().argmax(1), step.score.argmax(1))
         assert (step.kept.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("mode", ["stepwise", "beam"])
+def test_shared_blocks_change_the_cost_alone(
+    generator: Generator, generator_folder: Path, mode: str, guidance: float
+) -> None:
+    """A frozen reward model of 4 of 6 blocks: the kept candidate's velocity needs the other 2."""
+    frozen = RewardModel.from_generator(
+        str(generator_folder), backbone="frozen", drop_layers=2, head_width=8, seed=1
+    ).eval()
+    flags = {"mode": mode, "num_candidates": 3, "num_beams": 2, "guidance_scale": guidance, "max_batch": 5}
+    apart = draw(generator, frozen, **flags)
+    shared = draw(generator, frozen, **flags, share=True)
+    torch.testing.assert_close(shared.latents, apart.latents, atol=1e-4, rtol=0)
+    for a, b in zip(shared.candidates, apart.candidates, strict=True):
+        assert torch.equal(a.kept, b.kept)
+    n = 3 * (2 if mode == "beam" else 1)
+    assert shared.calls.shared == 4 * n
+    assert shared.calls.generator == apart.calls.generator - 4 * n
+    assert shared.calls.cost(4 / 6) == pytest.approx(apart.calls.cost(4 / 6) - 4 * n * 4 / 6)
 
 
 def test_calls_are_counted(generator: Generator, reward: RewardModel) -> None:
@@ -281,3 +304,24 @@ def test_bad_input(args: list[str], says: str, drm) -> None:
     lines = result.err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.err
     assert says in lines[0]
+
+
+def test_share_score(drm, tmp_path: Path, generator_folder: Path, reward_folder: Path) -> None:
+    """Through the command: the same pictures for less, and a clear refusal for a backbone that was trained."""
+    frozen = tmp_path / "frozen"
+    base = "{package}/tiny/weights/generator"
+    RewardModel.from_generator(
+        base, backbone="frozen", drop_layers=2, head_width=8, max_sequence_length=1
+    ).save_pretrained(frozen)
+    flags = ["sample", PROMPTS[0], "--stepwise", "--steps", "4", "--reward", frozen, "--json"]
+    apart = drm(*flags, "--out", tmp_path / "a")
+    shared = drm(*flags, "--share-score", "--out", tmp_path / "b")
+    assert shared.code == 0, shared.err
+    assert shared.json["cost"] < apart.json["cost"]
+    pictures = [Image.open(x.json["images"][0]["path"]) for x in (apart, shared)]
+    assert np.abs(np.asarray(pictures[0]).astype(int) - np.asarray(pictures[1])).max() <= 1
+    refused = drm(
+        "sample", PROMPTS[0], "--stepwise", "--share-score", "--reward", reward_folder, "--out", tmp_path / "c"
+    )
+    assert refused.code == 2
+    assert "--share-score: the reward model's backbone was trained" in refused.err

@@ -13,8 +13,23 @@ def bench(
     dataset: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file.")
     ] = None,
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer",
+            metavar="NAME|NAME=FOLDER|REF|MODULE:FUNCTION",
+            help="Another scorer of the same pairs: pickscore, clip, hpsv2, hpsv3, imagereward, aesthetic, shapes, a reward"
+            " model, or your own function; may be repeated.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="REF", help="A second reward model or scorer, for a paired test.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset (default: test).")] = None,
     data_dir: o.DataDir = None,
+    calibration_split: Annotated[
+        str | None, typer.Option(help="Split where PickScore's tie threshold is chosen: validation_unique of pickapic.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="Pairs to evaluate (default: all).")] = None,
     sigmas: Annotated[
         list[float] | None,
@@ -51,6 +66,8 @@ def bench(
       drm bench
 
       drm bench --reward runs/mine/reward --dataset pairs.jsonl --sigma 0.25 --noise-samples 4
+
+      drm bench --scorer shapes --against runs/mine/reward
 
       drm bench --dataset hpdv2 --data-dir ~/HPDv2 --preset sd35-medium --reward runs/sd35/reward
     """

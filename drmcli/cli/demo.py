@@ -14,6 +14,7 @@ def demo(
         str | None, typer.Option(metavar="DIR", help="Run folder (default: runs/demo).", rich_help_panel=o.RUN)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of each reward model.")] = None,
+    updates: Annotated[int | None, typer.Option(help="Updates of the alignment.")] = None,
     seed: o.Seed = None,
     device: o.Device = None,
     resume: o.Resume = None,

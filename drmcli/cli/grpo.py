@@ -14,15 +14,29 @@ def grpo(
     prompts: Annotated[
         str | None, typer.Option(metavar="shapes|FILE", help="Prompts to learn from; some are held out.")
     ] = None,
+    add_rewards: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-reward",
+            metavar="REF=WEIGHT",
+            help="A further reward: a reward model, a scorer such as clip, or module:function; may be repeated.",
+        ),
+    ] = None,
     judge: Annotated[
-        str | None, typer.Option(metavar="shapes|REF|none", help="Independent yardstick against reward hacking.")
+        str | None,
+        typer.Option(metavar="shapes|SCORER|REF|none", help="Independent yardstick against reward hacking."),
     ] = None,
     updates: Annotated[int | None, typer.Option(help="Optimizer updates.")] = None,
     max_time: Annotated[
         float | None, typer.Option(help="Minutes of training after which the run ends by itself.")
     ] = None,
+    target: Annotated[float | None, typer.Option(help="Level of the judge at which the run ends by itself.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Candidates of a state, or trajectories of a prompt.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    train: Annotated[str | None, typer.Option(help="lora (default), or full: all weights of the transformer.")] = None,
+    spread_penalty: Annotated[
+        float | None, typer.Option(help="Take so many standard deviations over reward models and draws off the reward.")
+    ] = None,
     kl_beta: Annotated[float | None, typer.Option(help="Weight of the KL to the reference.")] = None,
     on_hacking: Annotated[str | None, typer.Option(help="stop (default), warn or ignore.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a rollout.")] = None,

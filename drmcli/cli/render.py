@@ -28,7 +28,7 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
         if key != "memory":
             console.print(f"  {key}: {value}", markup=False)
     if memory := values.get("memory"):
-        made = table("\nmemory of a training step", "", "GiB")
+        made = table("\nmemory of a step", "", "GiB")
         made.add_row(f"weights ({memory['parameters'] / 1e6:,.1f} M parameters)", gib(memory["weights"]))
         made.add_row(f"gradients ({memory['trained'] / 1e6:,.1f} M trained)", gib(memory["gradients"]))
         made.add_row("AdamW moments", gib(memory["optimizer"]))
@@ -36,6 +36,8 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
             made.add_row("moving average", gib(memory["ema"]))
         made.add_row("activations", gib(memory["activations"]))
         made.add_row("activations with --set gradient_checkpointing=true", gib(memory["activations_checkpointed"]))
+        for name, size in memory.get("beside", {}).items():
+            made.add_row(f"beside it: {name}", gib(size))
         made.add_row("[bold]total[/]", gib(memory["total"]))
         made.add_row("[bold]total with gradient checkpointing[/]", gib(memory["total_checkpointed"]))
         console.print(made)
@@ -77,6 +79,28 @@ def bench(s: dict[str, Any]) -> None:
     console.print(
         f"{s['n_prompts']} prompts, {s['n_pairs']} pairs, {s['n_ties']} ties, {s['n_predicted_ties']} predicted ties,"
         f" {s['n_skipped']} pairs skipped, {s['n_images_scored']} pictures scored"
+    )
+    if len(s["scorers"]) > 1:
+        made = table("\non the same pairs", "", "accuracy", "95 % interval", "less the first", "p", "pictures/s", "GiB")
+        for i, row in enumerate(s["scorers"]):
+            (lo, hi), (a, b) = row["ci95"], row["difference_ci95"]
+            gap = ("", "") if i == 0 else (f"{row['difference']:+.2f} ({a:+.1f} to {b:+.1f})", f"{row['p_value']:.2g}")
+            memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
+            made.add_row(
+                f"{row['scorer']} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}", *gap,
+                f"{row['images_per_second']:.0f}", memory,
+            )  # fmt: skip
+        console.print(made)
+    for title, rows in s["breakdown"].items():
+        made = table(f"\nby {title}", title, "pairs", "accuracy", "95 % interval")
+        for row in rows[:20]:
+            lo, hi = row["ci95"]
+            made.add_row(row["name"], str(row["n_pairs"]), f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}")
+        console.print(made)
+        if len(rows) > 20:
+            console.print(f"... and {len(rows) - 20} more in summary.json")
+    console.print(
+        f"calibration: a score difference is off by {100 * s['calibration']['ece']:.1f} points of probability in the mean"
     )
     if s["published"]:
         shown = [row for row in s["published"] if row["comparable"] or row["model"] == "DRM"]
@@ -158,9 +182,14 @@ def demo(s: dict[str, Any]) -> None:
     for a, b in zip(s["pretrained"]["eval_by_sigma"], s["random"]["eval_by_sigma"]):
         made.add_row(f"{a['sigma']:g}", f"{a['accuracy']:.1f} %", f"{b['accuracy']:.1f} %")
     console.print(made)
-    made = table("\nplain against step-wise sampling", "", "judge", "score", "cost")
+    made = table("\nsampling with the reward model", "", "judge", "score", "cost")
     for mode, row in s["sample"].items():
         made.add_row(mode, f"{row['judge']:.3f}", f"{row['mean_score']:+.2f}", f"{row['cost']:.1f}")
+    console.print(made)
+    g = s["grpo"]
+    made = table(f"\n{g['updates']} updates of Step-wise GRPO, plain sampling of other captions", "", "before", "after")
+    for name in ("judge", "reward"):
+        made.add_row(name, f"{g[f'{name}_before']:.3f}", f"{g[f'{name}_after']:.3f}")
     console.print(made)
     console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)", markup=False)
 

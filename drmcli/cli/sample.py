@@ -53,6 +53,14 @@ def sample(
         typer.Option(metavar="FIRST,LAST", help="Branch only at these steps, from 0.", rich_help_panel=SEARCH),
     ] = None,
     score_at: Annotated[str | None, typer.Option(help="noisy or clean.", rich_help_panel=SEARCH)] = None,
+    share_score: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-score",
+            help="Compute blocks that a frozen reward model shares with the generator once.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
     trace: Annotated[
         bool | None, typer.Option("--trace", help="Draw the tree of candidates.", rich_help_panel=SEARCH)
     ] = None,

@@ -1,4 +1,4 @@
-"""`drm bench`: preference accuracy of a reward model, at every asked noise level, in every counting convention.
+"""`drm bench`: preference accuracy of reward models and other scorers, in every counting convention.
 
 Each unique picture is encoded once and scored once a noise level, however many pairs it is in. Scores are kept in part files
 while the run goes on, so an interrupted run goes on where it stopped.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,61 +18,84 @@ import torch
 
 from drmcli import results
 from drmcli.config import Bench
-from drmcli.errors import RunError
+from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
-from drmcli.plots import accuracy_by_noise
+from drmcli.images import BadImage, load_image
+from drmcli.plots import accuracy_by_noise, calibration_plot
+from drmcli.preferences import Preferences
 from drmcli.published import published
-from drmcli.recipes.pairs import EncodedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
+from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
 from drmcli.reward import RewardModel
+from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
-from drmcli.stats import Pairs, accuracy, all_protocols
+from drmcli.scorers import load_scorer
+from drmcli.stats import Pairs, accuracy, all_protocols, calibration_curve, paired_difference
 
 PART_ITEMS = 2048
 """Pictures scored between two part files."""
+GROUP_COLUMNS = {"category": ("category",), "source": ("source",), "model": ("source_chosen", "source_rejected")}
+"""Breakdowns by what the data says of its pairs; a pair counts for each model that drew one of its pictures."""
+
+
+@dataclass
+class Opinion:
+    """What one reward model or scorer says of the pictures."""
+
+    ref: str
+    scorer: PairScorer
+    sigmas: list[float]
+    """Noise levels; a scorer of pictures has one, 0."""
+    scores: np.ndarray
+    """[items, sigmas]; NaN for a picture that cannot be read."""
+    seconds: float
+    bad: list[str]
+    """Pictures that cannot be read, as "key: reason"."""
+    peak_gib: float | None
+
+    def table(self, data: Preferences, column: int = 0) -> Pairs:
+        """All pairs of the data, ready to be counted; NaN where a picture was not scored."""
+        kept = self.scorer.pairs.data.pairs["pair_id"]
+        sides = pd.DataFrame(
+            {"a": self.scores[self.scorer.left, column], "b": self.scores[self.scorer.right, column]}, index=kept
+        ).reindex(data.pairs["pair_id"])
+        return Pairs(
+            prompt=data.pairs["prompt"].to_numpy(),
+            label=data.pairs["label"].to_numpy(float),
+            score_chosen=sides["a"].to_numpy(float),
+            score_rejected=sides["b"].to_numpy(float),
+            chosen_first=data.pairs["chosen_first"].to_numpy(bool),
+        )
 
 
 def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
-    """Measure a reward model. Returns what summary.json holds."""
+    """Measure reward models and scorers on the same pairs. Returns what summary.json holds."""
+    refs = list(dict.fromkeys(r for r in (config.reward, *config.scorers, config.against) if r and r != "none"))
+    if not refs:
+        raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")
             return folder.finished
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
-        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
-        base = LazyGenerator.of_reward(reward, dtype, device)
-        drawer = base if config.generator == reward.config.base_model else LazyGenerator.of(config, device)
-        prompts = None if config.pairs is None else -(-config.pairs // 5)
-        data = load_preferences(
-            config.dataset, config.split, config, drawer, folder.reporter, flag="--dataset", prompts=prompts
-        )
-        if config.pairs is not None:
-            data = first_pairs(data, config.pairs)
-        asked = len(data)
-        pairs, bad, warnings = encode_pairs(
-            data, config, base, folder, resolution=config.resolution or reward.config.resolution
-        )
-        for text in warnings:
-            folder.warn(text)
-        base.free()
-        scorer = PairScorer(pairs)
+        bench = _Bench(config, folder)
+        data = bench.data(config.split)
         with Interruptions() as interruptions:
-            scores = score_items(config, folder, reward, scorer, device, interruptions)
-        write_tables(folder, scorer, scores, config.sigmas)
-        tables = [
-            stats_pairs(pairs, scores[scorer.left, j], scores[scorer.right, j]) for j in range(len(config.sigmas))
-        ]
-        summary = summarize(config, pairs, tables, skipped=asked - len(pairs))
+            opinions = [bench.ask(ref, data, i, interruptions) for i, ref in enumerate(refs)]
+            calibration = bench.calibrate(opinions[0], interruptions)
+        first = opinions[0]
+        write_tables(folder, first.scorer, first.scores, first.sigmas)
+        if len(opinions) > 1:
+            write_scorers(folder, opinions)
+        summary = summarize(config, data, opinions, calibration)
         summary |= {
             "seed": config.seed,
-            "device": str(device),
-            "dtype": {v: k for k, v in DTYPES.items()}[dtype],
+            "device": str(bench.device),
+            "dtype": {v: k for k, v in DTYPES.items()}[bench.dtype],
             "seconds": round(time.monotonic() - folder.started, 2),
-            "reward": config.reward,
+            "reward": first.ref,
             "noise_samples": config.noise_samples,
-            "n_images": len(pairs.data.images) - len(bad),
-            "n_images_scored": len(scorer.items),
-            "bad_images": bad,
+            "n_images": len(data.images) - len(first.bad),
+            "n_images_scored": int(np.isfinite(first.scores[:, 0]).sum()),
+            "bad_images": first.bad,
         }
         with guarded(folder.folder):
             accuracy_by_noise(
@@ -78,22 +103,138 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
                 {config.dataset: summary["by_sigma"]},
                 title=f"{config.dataset}: pair accuracy by noise level",
             )
+            calibration_plot(folder.folder / "calibration.png", summary["calibration"], title=config.dataset)
             shutil.rmtree(folder.folder / "partial", ignore_errors=True)
         return folder.finish(summary)
+
+
+class _Bench:
+    """One run: where it computes, and what its opinions share."""
+
+    def __init__(self, config: Bench, folder: Run):
+        self.config, self.folder = config, folder
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.drawer = LazyGenerator.of(config, self.device)
+
+    def data(self, split: str) -> Preferences:
+        """The pairs of a split; pictures of `shapes` are drawn by the generator that is named."""
+        config = self.config
+        prompts = None if config.pairs is None else -(-config.pairs // 5)
+        data = load_preferences(
+            config.dataset, split, config, self.drawer, self.folder.reporter, flag="--dataset", prompts=prompts
+        )
+        return data if config.pairs is None else first_pairs(data, config.pairs)
+
+    def ask(self, ref: str, data: Preferences, number: int, interruptions: Interruptions, part: str = "") -> Opinion:
+        """One model's scores of every picture, going on from an interrupted run's part files."""
+        config, folder = self.config, self.folder
+        flag = "--reward" if number == 0 and ref == config.reward else "--scorer"
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        score: Callable[[np.ndarray], np.ndarray]
+        bad: list[str] = []
+        if is_scorer(ref):
+            model, sigmas = load_scorer(ref, device=self.device, dtype=self.dtype, flag=flag), [0.0]
+            scorer = PairScorer(IndexedPairs(data))
+
+            def score(index: np.ndarray) -> np.ndarray:
+                return _score_pictures(model, ref, scorer, index, bad)[:, None]
+
+        else:
+            reward = RewardModel.from_pretrained(
+                ref, device=self.device, dtype=self.dtype, attention=config.attention, flag=flag
+            )
+            same = reward.config.base_model == config.generator
+            base = self.drawer if same else LazyGenerator.of_reward(reward, self.dtype, self.device)
+            sigmas = config.sigmas
+            pairs, bad, warnings = encode_pairs(
+                data, config, base, folder, resolution=config.resolution or reward.config.resolution
+            )
+            for text in warnings:
+                folder.warn(text)
+            base.free()
+            scorer = PairScorer(pairs)
+
+            def score(index: np.ndarray) -> np.ndarray:
+                found = scorer.score(
+                    reward,
+                    index,
+                    sigmas,
+                    noise_samples=config.noise_samples,
+                    seed=config.seed,
+                    device=self.device,
+                    shared_noise=config.shared_noise,
+                )
+                return found.double().cpu().numpy()
+
+        started = time.monotonic()
+        scores = score_items(
+            config, folder, score, len(scorer.items), sigmas, f"{number}{part}", f"score by {ref}", interruptions
+        )
+        if is_scorer(ref):
+            bad = _check_bad(config, folder, scorer, scores, bad)
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        return Opinion(ref, scorer, sigmas, scores, time.monotonic() - started, bad, peak)
+
+    def calibrate(self, first: Opinion, interruptions: Interruptions) -> Pairs | None:
+        """The first model's scores of the calibration split, for protocols that choose a threshold there."""
+        if self.config.calibration_split is None:
+            return None
+        data = self.data(self.config.calibration_split)
+        return self.ask(first.ref, data, 0, interruptions, "-calibration").table(data)
+
+
+def _score_pictures(
+    model: Callable[..., Any], ref: str, scorer: PairScorer, index: np.ndarray, bad: list[str]
+) -> np.ndarray:
+    """Scores [n] of some items by a scorer of pictures; NaN for those that cannot be read, which are added to `bad`."""
+    data = scorer.pairs.data
+    images, texts, where = [], [], []
+    for position, (prompt, image) in enumerate(scorer.items[index]):
+        try:
+            images.append(load_image(data.images[image]))
+        except BadImage as error:
+            bad.append(f"{error.key}: {error.reason}")
+            continue
+        texts.append(data.prompts[prompt])
+        where.append(position)
+    out = np.full(len(index), np.nan)
+    if images:
+        out[where] = np.asarray(model(images, texts), dtype=float)
+        if not np.isfinite(out[where]).all():
+            raise RunError(f"--scorer {ref}: a score is not finite", hint="check its weights, or use --dtype fp32")
+    return out
+
+
+def _check_bad(config: Bench, folder: Run, scorer: PairScorer, scores: np.ndarray, found: list[str]) -> list[str]:
+    """Pictures that a scorer could not read, with the same limit as encoding has."""
+    data = scorer.pairs.data
+    lost = sorted({data.images[i].key for i in scorer.items[np.isnan(scores[:, 0]), 1]})
+    if 100 * len(lost) > config.max_bad * len(data.images):
+        raise RunError(
+            f"{data.name}: {len(lost)} of {len(data.images)} images cannot be read, the first is {lost[0]}",
+            hint="mend them, or raise --max-bad",
+        )
+    if lost:
+        folder.warn(f"{data.name}: left out {len(lost)} images that cannot be read, the first is {lost[0]}")
+    reasons = {text.split(": ")[0]: text for text in found}
+    return [reasons.get(key, key) for key in lost]
 
 
 def score_items(
     config: Bench,
     folder: Run,
-    reward: RewardModel,
-    scorer: PairScorer,
-    device: torch.device,
+    score: Callable[[np.ndarray], np.ndarray],
+    total: int,
+    sigmas: list[float],
+    name: str,
+    task: str,
     interruptions: Interruptions,
 ) -> np.ndarray:
     """Scores [items, sigmas], going on from the part files of an interrupted run."""
-    total = len(scorer.items)
-    scores = np.full((total, len(config.sigmas)), np.nan)
-    parts = results.Parts(folder.folder / "partial", "partial_scores", folder.id)
+    scores = np.full((total, len(sigmas)), np.nan)
+    parts = results.Parts(folder.folder / "partial" / name, "partial_scores", folder.id)
     done = 0
     if any(parts.folder.glob("part-*.parquet")):
         earlier = results.read(parts.folder)
@@ -102,38 +243,18 @@ def score_items(
     unsaved = done
     for start in range(done, total, config.batch_size):
         index = np.arange(start, min(start + config.batch_size, total))
-        some = scorer.score(
-            reward,
-            index,
-            config.sigmas,
-            noise_samples=config.noise_samples,
-            seed=config.seed,
-            device=device,
-            shared_noise=config.shared_noise,
-        )
-        scores[index] = some.double().cpu().numpy()
+        scores[index] = score(index)
         done = int(index[-1]) + 1
-        folder.reporter.progress("score", done, total)
+        folder.reporter.progress(task, done, total)
         if interruptions.asked or done - unsaved >= PART_ITEMS:
             for item in range(unsaved, done):
-                for column in range(len(config.sigmas)):
+                for column in range(len(sigmas)):
                     parts.add(item=item, column=column, score=scores[item, column])
             parts.flush(done)
             unsaved = done
         if interruptions.asked and done < total:
             raise interruptions.stop(f"{done} of {total} pictures are scored in {folder.folder}")
     return scores
-
-
-def stats_pairs(pairs: EncodedPairs, chosen: np.ndarray, rejected: np.ndarray) -> Pairs:
-    """Pairs with one column of scores, ready to be counted."""
-    return Pairs(
-        prompt=pairs.prompt,
-        label=pairs.label.astype(float),
-        score_chosen=chosen,
-        score_rejected=rejected,
-        chosen_first=pairs.data.pairs["chosen_first"].to_numpy(bool),
-    )
 
 
 def write_tables(folder: Run, scorer: PairScorer, scores: np.ndarray, sigmas: list[float]) -> None:
@@ -171,34 +292,110 @@ def write_tables(folder: Run, scorer: PairScorer, scores: np.ndarray, sigmas: li
     results.write(folder.folder / "pairs.parquet", "pairs", table, folder.id)
 
 
-def summarize(config: Bench, pairs: EncodedPairs, tables: list[Pairs], *, skipped: int) -> dict[str, Any]:
-    """Accuracies and counts; the first noise level is the headline."""
-    protocol = pairs.data.protocol if pairs.data.protocol != "pickscore-threshold" else "ties-half"
-    head = accuracy(tables[0], protocol)
+def write_scorers(folder: Run, opinions: list[Opinion]) -> None:
+    """scorers.parquet: every model's scores at its first noise level."""
+    tables = []
+    for o in opinions:
+        data, items = o.scorer.pairs.data, o.scorer.items
+        tables.append(
+            pd.DataFrame(
+                {
+                    "dataset": data.name,
+                    "scorer": o.ref,
+                    "image": [data.images[i].key for i in items[:, 1]],
+                    "prompt_id": [data.prompt_ids[p] for p in items[:, 0]],
+                    "prompt": [data.prompts[p] for p in items[:, 0]],
+                    "sigma": o.sigmas[0],
+                    "score": o.scores[:, 0],
+                }
+            )
+        )
+    results.write(folder.folder / "scorers.parquet", "scorers", pd.concat(tables), folder.id)
+
+
+def summarize(config: Bench, data: Preferences, opinions: list[Opinion], calibration: Pairs | None) -> dict[str, Any]:
+    """Accuracies and counts; the first model at its first noise level is the headline."""
+    first = opinions[0]
+    tables = [first.table(data, j) for j in range(len(first.sigmas))]
+    protocol = data.protocol
+    if protocol == "pickscore-threshold" and calibration is None:
+        protocol = "ties-half"
+    head = accuracy(tables[0], protocol, calibration)
     if np.isnan(head.value):
         raise RunError(f"{config.dataset}: no pair counts under {protocol!r}", hint="the data holds only ties")
-    every = all_protocols(tables[0])
+    every = all_protocols(tables[0], calibration)
+    plain = "ties-half" if protocol == "pickscore-threshold" else protocol
     by_sigma = []
-    for sigma, table in zip(config.sigmas, tables):
-        a = accuracy(table, protocol)
+    for sigma, table in zip(first.sigmas, tables):
+        a = accuracy(table, plain)
         by_sigma.append({"sigma": sigma, "accuracy": a.value, "ci95": list(a.ci95)})
+    curve = calibration_curve(tables[0])
+    beside = [compare(config, o, data, plain, tables[0]) for o in opinions]
     return {
         "dataset": config.dataset,
         "split": config.split,
         "protocol": protocol,
-        "sigma": config.sigmas[0],
+        "sigma": first.sigmas[0],
         "n_prompts": head.n_prompts,
         "n_pairs": head.n_pairs,
         "n_ties": head.n_ties,
         "n_predicted_ties": head.n_predicted_ties,
-        "n_skipped": skipped + head.n_skipped,
+        "n_skipped": head.n_skipped,
         "accuracy": head.value,
         "ci95": list(head.ci95),
         "protocols": {name: a.value for name, a in every.items() if not np.isnan(a.value)},
         "protocols_ci95": {name: list(a.ci95) for name, a in every.items() if not np.isnan(a.value)},
         "by_sigma": by_sigma,
+        "scorers": beside,
+        "against": next((row for row in beside if row["scorer"] == config.against), None),
+        "breakdown": breakdown(data, tables[0], plain),
+        "calibration": {
+            "ece": curve.ece,
+            "bins": [
+                {"predicted": float(p), "observed": float(o), "sides": int(n)}
+                for p, o, n in zip(curve.predicted, curve.observed, curve.count)
+                if n
+            ],
+        },
         "published": published_beside(config.dataset, protocol),
     }
+
+
+def compare(config: Bench, opinion: Opinion, data: Preferences, protocol: str, first: Pairs) -> dict[str, Any]:
+    """One row of the table of scorers: accuracy, difference from the first on the same pairs, speed, memory."""
+    mine = opinion.table(data)
+    found, gap = accuracy(mine, protocol), paired_difference(mine, first, protocol)
+    looked = len(opinion.scorer.items) * len(opinion.sigmas)
+    return {
+        "scorer": opinion.ref,
+        "sigma": opinion.sigmas[0],
+        "accuracy": found.value,
+        "ci95": list(found.ci95),
+        "difference": gap.value,
+        "difference_ci95": list(gap.ci95),
+        "p_value": gap.p_value,
+        "n_skipped": found.n_skipped,
+        "images_per_second": round(looked / max(opinion.seconds, 1e-9), 1),
+        "peak_memory_gib": opinion.peak_gib,
+    }
+
+
+def breakdown(data: Preferences, table: Pairs, protocol: str) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy by what the data says of its pairs, largest groups first; empty where it says nothing."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for title, columns in GROUP_COLUMNS.items():
+        known = [data.pairs[c].to_numpy(object) for c in columns if c in data.pairs]
+        names = sorted({str(v) for values in known for v in values if not pd.isna(v)})
+        if len(names) < 2:
+            continue
+        rows = []
+        for name in names:
+            mask = np.any([values == name for values in known], axis=0)
+            found = accuracy(table.subset(mask), protocol)
+            if not np.isnan(found.value):
+                rows.append({"name": name, "n_pairs": found.n_pairs, "accuracy": found.value, "ci95": list(found.ci95)})
+        out[title] = sorted(rows, key=lambda row: -row["n_pairs"])
+    return out
 
 
 def published_beside(dataset: str, protocol: str) -> list[dict[str, Any]]:

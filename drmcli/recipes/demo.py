@@ -2,7 +2,8 @@
 
 Does pre-training matter? Two reward models are trained at the same budget, one on the pre-trained transformer, one on the same
 architecture with random weights; both are measured at every noise level; pictures are scored; the better one steers the
-sampler, step by step, against plain sampling; a report tells it on one page.
+sampler, step by step, against plain sampling and best-of-N; the reward model that ships aligns the generator; a report tells it
+on one page.
 Each step is a run of its own inside the demo's folder, so an interrupted demo goes on where it stopped.
 """
 
@@ -19,13 +20,19 @@ from PIL import Image
 from drmcli.config import Demo, resolve
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.plots import accuracy_by_noise
-from drmcli.recipes import bench, sample, train_reward
+from drmcli.recipes import bench, grpo, sample, train_reward
 from drmcli.report import Report
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, guarded, open_run, write_text
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"mode": "plain"},
+    "best of 3": {"mode": "best-of-n", "beams": 3, "step_rule": "cps"},
+    "step-wise": {"mode": "stepwise", "beams": 4},
+}
+"""How pictures are drawn; the last two cost about the same."""
 DRAWN, SHOWN = 24, 5
 """Captions that are drawn from, and that are shown."""
 EXAMPLES = 6
@@ -72,13 +79,17 @@ def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
         }
         measured = bench.run(resolve("bench", flags=flags), Titled(reporter, "bench"))
         drawn = {}
-        for mode in ("plain", "stepwise"):
-            flags = common | {"out": str(folder.folder / f"sample-{mode}"), "reward": reward, "mode": mode}
+        for title, options in WAYS.items():
+            flags = (
+                common | options | {"out": str(folder.folder / f"sample-{title.replace(' ', '-')}"), "reward": reward}
+            )
             flags |= {"prompts": list(world.captions("test"))[:DRAWN], "num_images": 2, "batch_size": 16}
-            drawn[mode] = sample.run(resolve("sample", flags=flags), Titled(reporter, mode))
-            drawn[mode]["judge"] = judged(drawn[mode]["images"])
+            drawn[title] = sample.run(resolve("sample", flags=flags), Titled(reporter, title))
+            drawn[title]["judge"] = judged(drawn[title]["images"])
+        flags = common | {"out": str(folder.folder / "grpo"), "updates": config.updates, "eval_every": 5}
+        aligned = grpo.run(resolve("grpo", flags=flags), Titled(reporter, "align"))
         examples = scored_examples(reward, config)
-        report = write_report(folder, config, trained, measured, drawn, examples)
+        report = write_report(folder, config, trained, measured, drawn, aligned, examples)
         device = pick_device(config.device)
         return folder.finish(
             {
@@ -90,6 +101,7 @@ def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
                 "pretrained": trained["pretrained"],
                 "random": trained["random"],
                 "bench": measured,
+                "grpo": aligned,
                 "sample": {mode: {k: v for k, v in s.items() if k != "images"} for mode, s in drawn.items()},
             }
         )
@@ -139,6 +151,7 @@ def write_report(
     trained: dict[str, Any],
     measured: dict[str, Any],
     drawn: dict[str, Any],
+    aligned: dict[str, Any],
     examples: list[Example],
 ) -> Path:
     """report.html and its plot."""
@@ -174,19 +187,31 @@ def write_report(
         f"{measured['accuracy']:.1f} % (95 % interval {lo:.1f} to {hi:.1f})."
     )
     page.heading("Step-wise Sampling")
-    k = drawn["stepwise"]["beams"]
+    k = drawn["step-wise"]["beams"]
     page.text(
-        f"Plain sampling, and sampling that keeps the best of {k} candidates at every step, from the same seeds and with the "
-        "same number of steps. The judge, whom no model was trained on, has the last word."
+        f"Plain sampling, drawing several pictures and keeping the best, and keeping the best of {k} candidates at every step, from the "
+        "same seeds and with the same number of steps. The judge, whom no model was trained on, has the last word."
     )
     page.table(
         ["", "judge, 0 to 1", "reward model's score", "cost, generator calls a picture"],
         [[mode, f"{s['judge']:.3f}", f"{s['mean_score']:+.2f}", f"{s['cost']:.1f}"] for mode, s in drawn.items()],
     )
     for i in range(0, 2 * SHOWN, 2):
-        rows = [drawn[mode]["images"][i] for mode in ("plain", "stepwise")]
+        rows = [s["images"][i] for s in drawn.values()]
         page.text(rows[0]["prompt"])
-        page.row([Image.open(row["path"]) for row in rows], ["plain", "step-wise"])
+        page.row([Image.open(row["path"]) for row in rows], list(drawn))
+    page.heading("Step-wise GRPO")
+    (lo, hi), (low, high) = aligned["judge_gain_ci95"], aligned["reward_gain_ci95"]
+    page.text(
+        f"{aligned['updates']} updates of a LoRA by the reward model that ships, rewarded at every noisy step. Pictures are drawn plainly, "
+        f"without the reward model. On captions that chose nothing the judge goes from {aligned['judge_before']:.3f} to "
+        f"{aligned['judge_after']:.3f} (95 % interval of the gain {lo:+.3f} to {hi:+.3f}), the reward from "
+        f"{aligned['reward_before']:.2f} to {aligned['reward_after']:.2f} ({low:+.2f} to {high:+.2f})."
+    )
+    page.picture(folder.folder / "grpo" / "curve.png", "Reward and judge on validation captions, update by update.")
+    page.picture(
+        folder.folder / "grpo" / "before_after.png", "The same captions and seeds before (above) and after (below)."
+    )
     page.heading("Pictures, best score first")
     page.text(
         "One clean and three flawed pictures a caption. The score is the reward model's, the judge's is from 0 to 1.",

@@ -10,11 +10,13 @@ judge; test prompts, which chose nothing, give the figures of the summary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
@@ -31,16 +33,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drmcli.config import Grpo, package_path
+from drmcli.config import Grpo, local_or_hub, package_path
 from drmcli.errors import InputError, RunError
-from drmcli.flow import STEP_RULES, Step, kl_divergence, log_ratio
-from drmcli.generator import Generator, PromptEmbeds
+from drmcli.flow import STEP_RULES, Step, kl_divergence, log_ratio, predict_x0
+from drmcli.generator import Generator, PromptEmbeds, load_part, pick_device, pick_dtype
 from drmcli.losses import clipped_policy_loss
+from drmcli.memory import plan_policy
 from drmcli.plots import reward_and_judge
 from drmcli.preferences import text_id
+from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
-from drmcli.reward import LORA_TARGETS, RewardModel
+from drmcli.reward import LORA_TARGETS, RewardModel, read_config
+from drmcli.rewards import Rewards, is_scorer, load_term, parse_term
 from drmcli.rollout import Plan, Rollouts, Visit, roll_out
 from drmcli.run import (
     Interruptions,
@@ -58,7 +63,6 @@ from drmcli.run import (
 from drmcli.sampling import Search, sample
 from drmcli.stats import mean_ci, paired_ci
 from drmcli.tiny import world
-from drmcli.tiny.judge import judge as world_judge
 
 RATIO_TOLERANCE = 1e-5
 """Largest deviation of the first log ratio from 0."""
@@ -101,26 +105,38 @@ def read_prompts(config: Grpo) -> dict[str, list[str]]:
     return {"val": texts[:tenth], "test": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
 
 
+def lora_config(config: Grpo) -> LoraConfig:
+    """The LoRA that is asked for."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=config.lora_targets or list(LORA_TARGETS),
+    )
+
+
 class Judge:
-    """The independent yardstick by name: the world's judge, or a second reward model."""
+    """The independent yardstick by name: a scorer (the world's own judge is `shapes`), or a second reward model."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
         self.name = name
-        self.model = (
-            None
-            if name in ("none", "shapes")
-            else RewardModel.from_pretrained(name, device=device, dtype=dtype, flag="--judge")
-        )
+        self.term = None if name == "none" else load_term(name, 1.0, device, dtype, "sdpa", "--judge")
 
     def __bool__(self) -> bool:
-        return self.name != "none"
+        return self.term is not None
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """A score a picture, higher is better."""
-        if self.model is not None:
-            return self.model.score_images(images, prompts, sigmas=[0.25]).cpu().numpy()[:, 0]
-        small = [np.asarray(i.convert("RGB").resize((world.SIZE, world.SIZE))) for i in images]
-        return world_judge(np.stack(small), prompts).score
+        assert self.term is not None
+        if self.term.model is not None:
+            return self.term.model.score_images(images, prompts, sigmas=[0.25]).cpu().numpy()[:, 0]
+        assert self.term.scorer is not None
+        return np.asarray(self.term.scorer(images, prompts), dtype=float)
+
+
+def stacked(each: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """Conditionings of one prompt each as one."""
+    return PromptEmbeds(torch.cat([e.prompt_embeds for e in each]), torch.cat([e.pooled_prompt_embeds for e in each]))
 
 
 @dataclass
@@ -153,14 +169,26 @@ class Aligner:
             max_sequence_length=config.max_sequence_length,
             attention=config.attention,
         )
-        self.reward = RewardModel.from_pretrained(
-            config.reward, device=device, dtype=frozen, attention=config.attention
+        self.rewards = Rewards(
+            [(config.reward, 1.0), *map(parse_term, config.add_rewards)],
+            device=device,
+            dtype=frozen,
+            attention=config.attention,
+            draws=config.reward_draws,
+            spread_penalty=config.spread_penalty,
+            ceiling=config.reward_ceiling,
         )
         channels = int(self.generator.transformer.config.in_channels)
-        if int(self.reward.config.transformer["in_channels"]) != channels:
+        for term in self.rewards.terms:
+            if term.model is not None and int(term.model.config.transformer["in_channels"]) != channels:
+                raise InputError(
+                    f"--reward {term.ref}: made for other latents than the generator's {channels} channels",
+                    hint="use a reward model whose base is the generator",
+                )
+        if config.spread_penalty and len(self.rewards.models) * config.reward_draws < 2:
             raise InputError(
-                f"--reward {config.reward}: made for other latents than the generator's {channels} channels",
-                hint="use a reward model whose base is the generator",
+                "--spread-penalty: one reward model with one draw has no spread",
+                hint="add a reward model by --add-reward, or --set reward_draws=4",
             )
         self.judge = Judge(config.judge, device, frozen)
         if self.judge.name == "shapes":
@@ -168,30 +196,13 @@ class Aligner:
                 for text in self.prompts[split][: config.eval_prompts]:
                     world.parse(text)
         self.embeds: dict[str, PromptEmbeds] = {}
-        self.reward_embeds: dict[str, PromptEmbeds] = {}
+        self.reward_embeds: dict[str, list[PromptEmbeds]] = {}
         self.negative = self.generator.encode_prompts([""]) if config.guidance_scale != 1 else None
         side = (config.resolution or self.generator.image_size) // self.generator.pipe.vae_scale_factor
         self.shape = (channels, side, side)
-        torch.manual_seed(seed_of("lora", config.seed))
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(LORA_TARGETS),
-        )
-        transformer = self.generator.transformer
-        transformer.requires_grad_(False)
-        transformer.add_adapter(lora)
-        self.trained = []
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-                self.trained.append(parameter)
-        last = transformer.transformer_blocks[-1]
-        for name, parameter in last.named_parameters():
-            if parameter.requires_grad and "to_add_out" in name:  # the last block has no text output
-                parameter.requires_grad_(False)
-        self.trained = [p for p in self.trained if p.requires_grad]
+        self.reference = None
+        """With full fine-tuning the frozen first policy, where the KL asks for it; a LoRA is switched off instead."""
+        self.trained = self.start_learning()
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.ema = EMAModel(self.trained, decay=config.ema_decay) if config.ema_decay else None
         self.plan = Plan(
@@ -208,6 +219,9 @@ class Aligner:
         )
         self.update = 0
         self.spent = 0.0
+        """Seconds of training with its evaluations, over all starts of the run."""
+        self.learning = 0.0
+        """Seconds of rollouts and updates alone."""
         self.calls = [0, 0]
         self.history: list[dict[str, float]] = []
         self.stopped: str | None = None
@@ -217,26 +231,56 @@ class Aligner:
         if config.track and accelerator.is_main_process:
             accelerator.init_trackers("drm-grpo")
 
+    def start_learning(self) -> list[torch.nn.Parameter]:
+        """Make the transformer's LoRA, or all of it, trainable in float32. Raises InputError for targets that are not there."""
+        config, transformer = self.config, self.generator.transformer
+        transformer.requires_grad_(config.train == "full")
+        if config.train == "lora":
+            torch.manual_seed(seed_of("lora", config.seed))
+            try:
+                transformer.add_adapter(lora_config(config))
+            except ValueError as error:
+                fact = " ".join(str(error).split())
+                raise InputError(f"--set lora_targets: {fact}", hint=f"for example {list(LORA_TARGETS)[:4]}") from None
+        elif config.kl_beta:
+            self.reference = copy.deepcopy(transformer).requires_grad_(False)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for name, parameter in transformer.transformer_blocks[-1].named_parameters():
+            if "to_add_out" in name:  # the last block has no text output
+                parameter.requires_grad_(False)
+        return [p for p in transformer.parameters() if p.requires_grad]
+
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def cond(self, texts: Sequence[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
-        """Conditioning for generator and reward model; each text is encoded once."""
-        same = self.reward.config.base_model == self.config.generator
+    def cond(self, texts: Sequence[str]) -> tuple[PromptEmbeds, list[PromptEmbeds]]:
+        """Conditioning for the generator and for each reward model; each text is encoded once."""
         fresh = [t for t in dict.fromkeys(texts) if t not in self.embeds]
         for i in range(0, len(fresh), 64):
             some = fresh[i : i + 64]
             ours = self.generator.encode_prompts(some)
-            theirs = ours if same else self.reward.generator().encode_prompts(some)
+            theirs = self.rewards.encode(some, ours, self.config.generator)
             for j, text in enumerate(some):
-                self.embeds[text], self.reward_embeds[text] = ours[j : j + 1], theirs[j : j + 1]
+                self.embeds[text] = ours[j : j + 1]
+                self.reward_embeds[text] = [t[j : j + 1] for t in theirs]
+        many = [self.reward_embeds[t] for t in texts]
+        return stacked([self.embeds[t] for t in texts]), [stacked(list(one)) for one in zip(*many)]
 
-        def stack(kept: dict[str, PromptEmbeds]) -> PromptEmbeds:
-            return PromptEmbeds(
-                torch.cat([kept[t].prompt_embeds for t in texts]),
-                torch.cat([kept[t].pooled_prompt_embeds for t in texts]),
-            )
-
-        return stack(self.embeds), stack(self.reward_embeds)
+    def reward_of(
+        self, x: Tensor, sigma: float, cond: PromptEmbeds, reward_cond: list[PromptEmbeds], texts: list[str]
+    ) -> Tensor:
+        """Rewards [B] of states [B, C, H, W] where they are, or of the clean latents that the policy predicts from them."""
+        rewards, clean = self.rewards, x
+        if sigma > 0 and (rewards.needs_pictures or self.config.score_at == "clean"):
+            self.calls[0] += len(x) * (1 if self.negative is None else 2)
+            velocity = self.generator.velocity(x, sigma, cond, self.negative, self.config.guidance_scale)
+            clean = predict_x0(x, velocity, sigma)
+        if self.config.score_at == "clean":
+            x, sigma = clean, 0.0
+        return rewards(x, sigma, reward_cond, texts, lambda: self.generator.decode(clean))
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
@@ -255,8 +299,13 @@ class Aligner:
         texts = picked[mine]
         cond, reward_cond = self.cond(texts)
 
+        # The noise of an ensemble of draws is the update's own, so that a resumed run draws the same.
+        self.rewards.rng.manual_seed(seed_of("draws", config.seed, self.update, accelerator.process_index))
+
         def score(x: Tensor, sigma: float, owner: Tensor) -> Tensor:
-            return self.reward.score(x, sigma, reward_cond[owner])
+            return self.reward_of(
+                x, sigma, cond[owner], [c[owner] for c in reward_cond], [texts[i] for i in owner.tolist()]
+            )
 
         with accelerator.autocast():
             rollouts = roll_out(
@@ -321,14 +370,27 @@ class Aligner:
         loss = policy.loss * (visit.std if config.noise_weight else 1.0)
         kl = torch.zeros((), device=loss.device)
         if config.kl_beta:
-            transformer = self.generator.transformer
-            transformer.disable_adapters()
-            with torch.no_grad():
+            with torch.no_grad(), self.before_training():
                 reference = self._law(visit, part, cond)
-            transformer.enable_adapters()
             kl = kl_divergence(new, reference, dt=visit.sigma_next - visit.sigma, form=config.kl_form).mean()
             loss = loss + config.kl_beta * kl
         return loss, torch.stack([policy.ratio, policy.clip_fraction, kl.detach()])
+
+    @contextmanager
+    def before_training(self):
+        """The policy as it was at the start: the LoRA switched off, or the copy that full fine-tuning keeps for its KL."""
+        now = self.generator.transformer
+        if self.reference is not None:
+            self.generator.pipe.transformer = self.reference
+        else:
+            now.disable_adapters()
+        try:
+            yield
+        finally:
+            if self.reference is not None:
+                self.generator.pipe.transformer = now
+            else:
+                now.enable_adapters()
 
     def _law(self, visit: Visit, part: Tensor, cond: PromptEmbeds) -> Step:
         velocity = self.generator.velocity(
@@ -411,15 +473,17 @@ class Aligner:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)
         latents, rewards = [], []
+        self.rewards.rng.manual_seed(seed_of("draws", "evaluation"))
         for i in range(0, len(texts), config.max_batch):
-            cond, reward_cond = self.cond(texts[i : i + config.max_batch])
+            some = texts[i : i + config.max_batch]
+            cond, reward_cond = self.cond(some)
             with self.accelerator.autocast():
                 out = sample(
-                    self.generator, self.reward, cond, reward_cond, seeds[i : i + config.max_batch], search,
+                    self.generator, None, cond, None, seeds[i : i + config.max_batch], search,
                     negative=self.negative, shape=self.shape,
                 )  # fmt: skip
+                rewards.append(self.reward_of(out.latents, 0.0, cond, reward_cond, some).float().cpu())
             latents.append(out.latents)
-            rewards.append(out.score)
             self.folder.reporter.progress(f"evaluate {split}", min(i + config.max_batch, len(texts)), len(texts))
         x = torch.cat(latents)
         images = [image for part in x.split(config.max_batch) for image in self.generator.decode(part)]
@@ -432,6 +496,11 @@ class Aligner:
         prompt = np.repeat(np.arange(len(texts) // n), n)
         return Evaluation(torch.cat(rewards).numpy().astype(float), judged, float(apart.mean()), prompt, images)
 
+    @property
+    def measure(self) -> str:
+        """What the best point is chosen by."""
+        return "judge" if self.judge else "reward"
+
     def watch(self) -> None:
         """Evaluate on validation prompts, keep the best point, and sound the alarm when the reward is being fooled."""
         found = self.evaluate("val")
@@ -442,6 +511,7 @@ class Aligner:
             "reward": reward.value,
             "judge": judged.value if judged else math.nan,
             "diversity": found.diversity,
+            "seconds": self.learning,
         }
         self.history.append(row)
         self.evals.add(split="val", **row)
@@ -454,11 +524,10 @@ class Aligner:
                 make_image_grid(grid[: len(grid) // 8 * 8] or grid, max(1, len(grid) // 8), min(8, len(grid))).save(
                     self.folder.path("samples", f"step-{self.update:06d}", "grid.png")
                 )
-        measure = "judge" if self.judge else "reward"
-        best = max(self.history, key=lambda r: r[measure])
+        best = max(self.history, key=lambda r: r[self.measure])
         if best is row:
             self.best_judge = found.judge
-            self.save_lora(self.folder.folder / "lora")
+            self.save_policy(self.folder.folder / self.product)
         judge_text = f", judge {row['judge']:.3f}" if self.judge else ""
         self.folder.note(
             f"update {self.update}: reward {row['reward']:+.3f}{judge_text}, diversity {row['diversity']:.3f}"
@@ -468,11 +537,15 @@ class Aligner:
             if row["reward"] > best["reward"] and gap.ci95[1] < 0:
                 text = (
                     f"update {self.update}: the reward rose to {row['reward']:+.3f} while the judge fell by {-gap.value:.3f} since"
-                    f" update {int(best['update'])}: the reward model is being fooled; lora/ is update {int(best['update'])}"
+                    f" update {int(best['update'])}: the reward model is being fooled; {self.product}/ is update {int(best['update'])}"
                 )
                 self.folder.warn(text)
                 if self.config.on_hacking == "stop":
                     self.stopped = text
+        target = self.config.target
+        if target is not None and row[self.measure] >= target and self.stopped is None:
+            self.stopped = f"update {self.update}: the {self.measure} is at the target of {target:g}"
+            self.folder.note(self.stopped)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -492,6 +565,7 @@ class Aligner:
                 self.check(rollouts, cond)
             row = self.learn(rollouts, cond)
             self.update += 1
+            self.learning += time.monotonic() - started
             self.calls[0] += rollouts.generator_calls
             self.calls[1] += rollouts.reward_calls
             self.record(rollouts, texts, row, time.monotonic() - started)
@@ -542,35 +616,64 @@ class Aligner:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def save_lora(self, target: Path) -> None:
-        """The LoRA as plain diffusers loads it, with a card."""
+    @property
+    def product(self) -> str:
+        """Folder of the best policy; the last one has -last in its name."""
+        return "lora" if self.config.train == "lora" else "generator"
+
+    def save_policy(self, target: Path) -> None:
+        """The policy as plain diffusers loads it, with a card: a LoRA, or a whole pipeline."""
         if not self.accelerator.is_main_process:
             return
+        config, transformer = self.config, self.generator.transformer
         if self.ema is not None:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)
-        layers = {
-            k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.generator.transformer).items()
-        }
+        with atomic_folder(target) as part:
+            if config.train == "lora":
+                layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(transformer).items()}
+                StableDiffusion3Pipeline.save_lora_weights(
+                    part, transformer_lora_layers=layers, safe_serialization=True
+                )
+                use = "pipe = StableDiffusion3Pipeline.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)"
+                what = f"A LoRA of rank {config.lora_rank}, alpha {config.lora_alpha}"
+            else:
+                self.generator.pipe.save_pretrained(part, safe_serialization=True)
+                use, what = "pipe = StableDiffusion3Pipeline.from_pretrained(THIS_FOLDER)", "A whole pipeline"
+            (part / "README.md").write_text(
+                f"---\nlibrary_name: diffusers\ntags: [{config.train}, text-to-image]\n---\n\n# Aligned by `drm grpo`\n\n"
+                f"{what}: {config.algorithm}, update {self.update}, base `{config.generator}`, reward `{config.reward}`.\n\n"
+                f"```python\n{use}\n```\n\nThe licence of the base model applies.\n"
+            )
         if self.ema is not None:
             self.ema.restore(self.trained)
-        base = self.config.generator
-        with atomic_folder(target) as part:
-            StableDiffusion3Pipeline.save_lora_weights(part, transformer_lora_layers=layers, safe_serialization=True)
-            (part / "README.md").write_text(
-                f"---\nlibrary_name: diffusers\ntags: [lora, text-to-image]\n---\n\n# A LoRA aligned by `drm grpo`\n\n"
-                f"{self.config.algorithm}, update {self.update} of {self.config.updates}, base `{base}`, "
-                f"reward `{self.config.reward}`, rank {self.config.lora_rank}, alpha {self.config.lora_alpha}.\n\n"
-                "```python\npipe = StableDiffusion3Pipeline.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)\n```\n\n"
-                "The licence of the base model applies.\n"
-            )
+
+    def load_policy(self, where: Path | None) -> None:
+        """Weights that `save_policy` left, in place of the current ones; with full fine-tuning None is the run's first policy."""
+        from peft.utils import set_peft_model_state_dict
+
+        config, transformer = self.config, self.generator.transformer
+        if where is None or config.train == "full":
+            source = str(where or local_or_hub(config.generator, "--generator"))
+            revision = None if where else config.revision
+            kept = load_part(type(transformer), source, "transformer", revision=revision, dtype=torch.float32)
+            transformer.load_state_dict(kept.state_dict())
+            return
+        layers = load_file(where / "pytorch_lora_weights.safetensors")
+        set_peft_model_state_dict(transformer, {k.removeprefix("transformer."): v for k, v in layers.items()})
 
     def save(self, spent: float) -> None:
         """A complete checkpoint of this update."""
         if self.accelerator.is_main_process:
             for parts in (self.metrics, self.rollouts, self.evals):
                 parts.flush(self.update)
-            state = {"spent": spent, "calls": self.calls, "history": self.history, "stopped": self.stopped}
+            state = {
+                "spent": spent,
+                "learning": self.learning,
+                "calls": self.calls,
+                "history": self.history,
+                "stopped": self.stopped,
+            }
             tensors = {f"lora.{i}": p.detach().cpu() for i, p in enumerate(self.trained)}
             for i, p in enumerate(self.trained):
                 tensors |= {f"adam.{i}.{k}": torch.as_tensor(v).cpu() for k, v in self.optimizer.state[p].items()}
@@ -592,8 +695,8 @@ class Aligner:
             self.update, where = found
             state = json.loads((where / "state.json").read_text())
             tensors = load_file(where / "state.safetensors")
-            self.spent, self.calls, self.history, self.stopped = (
-                state[k] for k in ("spent", "calls", "history", "stopped")
+            self.spent, self.learning, self.calls, self.history, self.stopped = (
+                state[k] for k in ("spent", "learning", "calls", "history", "stopped")
             )
             with torch.no_grad():
                 for i, p in enumerate(self.trained):
@@ -614,25 +717,23 @@ class Aligner:
     def finish(self) -> dict[str, Any]:
         """Report before and after on test prompts, which chose nothing."""
         config, folder = self.config, self.folder
-        self.save_lora(folder.folder / "lora-last")
-        after = self.evaluate_lora(folder.folder / "lora")
-        transformer = self.generator.transformer
-        transformer.disable_adapters()
-        before = self.evaluate("test")
-        transformer.enable_adapters()
+        self.save_policy(folder.folder / f"{self.product}-last")
+        before, after = self.evaluate_saved()
         pairs = {"reward": (before.reward, after.reward)} | (
             {"judge": (before.judge, after.judge)} if self.judge else {}
         )
         gains = {name: paired_ci(b, a, before.prompt) for name, (a, b) in pairs.items()}
-        best = max(self.history, key=lambda r: r["judge" if self.judge else "reward"])
+        best = max(self.history, key=lambda r: r[self.measure])
         summary: dict[str, Any] = {
-            "lora": str(folder.folder / "lora"),
-            "lora_last": str(folder.folder / "lora-last"),
+            "lora": str(folder.folder / "lora") if config.train == "lora" else None,
+            "lora_last": str(folder.folder / "lora-last") if config.train == "lora" else None,
+            "generator": str(folder.folder / "generator") if config.train == "full" else config.generator,
             "seed": config.seed,
             "device": str(self.accelerator.device),
             "dtype": self.accelerator.mixed_precision if self.accelerator.mixed_precision != "no" else "fp32",
             "seconds": round(time.monotonic() - folder.started, 2),
             "train_seconds": round(self.spent, 2),
+            "learn_seconds": round(self.learning, 2),
             "algorithm": config.algorithm,
             "updates": self.update,
             "best_update": int(best["update"]),
@@ -659,22 +760,22 @@ class Aligner:
         self.accelerator.end_training()
         return summary
 
-    def evaluate_lora(self, where: Path) -> Evaluation:
-        """Test prompts with the saved LoRA in place of the current one."""
-        from peft.utils import set_peft_model_state_dict
-
-        layers = {
-            k.removeprefix("transformer."): v for k, v in load_file(where / "pytorch_lora_weights.safetensors").items()
-        }
-        now = [p.detach().clone() for p in self.trained]
-        ema, self.ema = self.ema, None
-        set_peft_model_state_dict(self.generator.transformer, layers)
-        found = self.evaluate("test")
+    def evaluate_saved(self) -> tuple[Evaluation, Evaluation]:
+        """Test prompts before the run and with the best policy it saved."""
+        now, ema, self.ema = [p.detach().clone() for p in self.trained], self.ema, None
+        self.load_policy(self.folder.folder / self.product)
+        after = self.evaluate("test")
+        if self.config.train == "full":
+            self.load_policy(None)
+            before = self.evaluate("test")
+        else:
+            with self.before_training():
+                before = self.evaluate("test")
         with torch.no_grad():
             for p, value in zip(self.trained, now):
                 p.copy_(value)
         self.ema = ema
-        return found
+        return before, after
 
     def before_and_after(self, before: Evaluation, after: Evaluation) -> None:
         """Test pictures before, and under them after."""
@@ -699,11 +800,43 @@ def plan(config: Grpo) -> dict[str, Any]:
     sigmas = schedule(config.steps)
     steps = sum(trained(made, sigmas, i) for i in range(config.steps))
     each = config.group_size if config.algorithm == "flow-grpo" else 1
+    device = pick_device(config.device)
     return {
         "updates": config.updates,
         "prompts": {split: len(texts) for split, texts in prompts.items()},
         "trained steps of a trajectory": steps,
         "states an update (a forward and a backward pass each)": steps * config.prompts_per_update * each,
         "rewards an update": config.prompts_per_update * config.group_size * (1 if each > 1 else steps),
+        "memory": memory_plan(config, known, device),
         "download": known.download,
     }
+
+
+def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, Any]:
+    """Bytes of an update's tensors, and the frozen models beside the policy."""
+    mixed = pick_dtype(config.dtype, device)
+    policy = plan_policy(
+        known.transformer,
+        lora=lora_config(config) if config.train == "lora" else None,
+        states=min(config.micro_batch_size, config.prompts_per_update),
+        latent_side=(config.resolution or known.image_size) // known.vae_factor,
+        tokens=known.prompt_tokens,
+        mixed=mixed,
+        ema=config.ema_decay > 0,
+        guided=config.guidance_scale != 1,
+    )
+    beside = dict(known.beside(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), mixed))
+    if not config.text_encoder_3:
+        beside.pop("text_encoder_3", None)
+    if not is_scorer(config.reward):
+        where = Path(package_path(config.reward))
+        if where.is_dir():
+            reward = read_config(where, f"--reward {config.reward}")
+            with torch.device("meta"):
+                model = RewardModel(reward, SD3Transformer2DModel.from_config(reward.transformer))
+            beside["reward model"] = sum(p.numel() for p in model.parameters()) * mixed.itemsize
+    if config.train == "full" and config.kl_beta:
+        beside["reference policy"] = policy.parameters * mixed.itemsize
+    cuda = device.type == "cuda"
+    total = {c: policy.total(checkpointed=c, cuda=cuda) + sum(beside.values()) for c in (False, True)}
+    return policy.to_dict() | {"beside": beside, "total": total[False], "total_checkpointed": total[True]}

@@ -141,13 +141,12 @@ def first_pairs(data: Preferences, count: int) -> Preferences:
     return data.subset(np.arange(ends[np.searchsorted(ends, count - 1)] + 1))
 
 
-class EncodedPairs:
-    """Preference pairs with their encoded pictures and prompts."""
+class IndexedPairs:
+    """Preference pairs as arrays [P] of positions."""
 
-    def __init__(self, data: Preferences, encoded: cache.Encoded):
+    def __init__(self, data: Preferences):
         pairs = data.pairs
         self.data = data
-        self.encoded = encoded
         self.prompt = pairs["prompt"].to_numpy(np.int64)
         self.chosen = pairs["chosen"].to_numpy(np.int64)
         self.rejected = pairs["rejected"].to_numpy(np.int64)
@@ -156,6 +155,14 @@ class EncodedPairs:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+
+class EncodedPairs(IndexedPairs):
+    """The same with their encoded pictures and prompts."""
+
+    def __init__(self, data: Preferences, encoded: cache.Encoded):
+        super().__init__(data)
+        self.encoded = encoded
 
 
 def encode_pairs(
@@ -254,7 +261,7 @@ class PairStream:
 class PairScorer:
     """Scores every picture of a set of pairs once a noise level, however many pairs it is in."""
 
-    def __init__(self, pairs: EncodedPairs):
+    def __init__(self, pairs: IndexedPairs):
         both = np.stack([np.r_[pairs.prompt, pairs.prompt], np.r_[pairs.chosen, pairs.rejected]], axis=1)
         self.items, inverse = np.unique(both, axis=0, return_inverse=True)  # [N, 2] prompt, image
         inverse = inverse.reshape(-1)
@@ -273,12 +280,14 @@ class PairScorer:
         shared_noise: bool = False,
     ) -> Tensor:
         """Scores [len(index), len(sigmas)] of these items. shared_noise: the pictures of a prompt have one noise."""
+        assert isinstance(self.pairs, EncodedPairs)
+        encoded = self.pairs.encoded
         prompt, image = self.items[index, 0], self.items[index, 1]
         unique, where = np.unique(prompt, return_inverse=True)
-        cond = self.pairs.encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
-        latents = self.pairs.encoded.latents(image.tolist()).to(device)
+        cond = encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
+        latents = encoded.latents(image.tolist()).to(device)
         if shared_noise:
             keys = [self.pairs.data.prompts[i] for i in prompt]
         else:
-            keys = [self.pairs.encoded.image_keys[i] or "" for i in image]
+            keys = [encoded.image_keys[i] or "" for i in image]
         return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from drmcli.config import local_or_hub
 from drmcli.generator import explained, quiet_libraries, reach
+from drmcli.memory import component_bytes
 
 CLIP_TOKENS = 77
 """Tokens of CLIP where the tokenizer's config does not say."""
@@ -28,6 +31,14 @@ class Known:
     prompt_tokens: int
     download: str
     """What a run would fetch, in words."""
+    where: str
+    revision: str | None
+
+    def beside(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of the pipeline's other models, by name; those that it does not have are left out."""
+        with explained(self.where, "--generator"), quiet_libraries():
+            index = StableDiffusion3Pipeline.load_config(self.where, revision=self.revision)
+            return component_bytes(self.where, index, names, dtype, revision=self.revision)
 
 
 def describe_generator(config: Any) -> Known:
@@ -44,6 +55,8 @@ def describe_generator(config: Any) -> Known:
         image_size=int(transformer["sample_size"]) * factor,
         prompt_tokens=_clip_tokens(where) + config.max_sequence_length,
         download=_download(where, config.revision),
+        where=where,
+        revision=config.revision,
     )
 
 

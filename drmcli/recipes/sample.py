@@ -27,7 +27,7 @@ from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_
 from drmcli.preferences import text_id
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
-from drmcli.sampling import Candidates, Samples, Search, sample
+from drmcli.sampling import Calls, Candidates, Samples, Search, sample
 
 TILE = 128
 """Side of a picture in the grid and of a candidate in the tree, pixels."""
@@ -143,6 +143,8 @@ class Studio:
             raise InputError(f"--mode {config.mode}: needs a reward model", hint="leave out --reward none")
         if config.lora:
             generator.load_lora(config.lora)
+        if config.share_score:
+            share_blocks(config, generator, reward, own)
         cut = [p for p in config.prompts if generator.truncated(p)]
         if cut:
             folder.warn(f"{len(cut)} prompts are longer than the text encoders read; their ends are cut: {cut[0]!r}")
@@ -161,6 +163,7 @@ class Studio:
             correct_noise=config.correct_noise,
             temperature=config.temperature,
             max_batch=config.max_batch,
+            share=config.share_score,
         )
         negative = generator.encode_prompts([config.negative_prompt]) if guided else None
         return cls(config, folder, generator, reward, own, search, shape, negative, device, dtype)
@@ -213,6 +216,27 @@ class Studio:
         return paths
 
 
+def share_blocks(config: Sample, generator: Generator, reward: RewardModel | None, own_encoders: bool) -> None:
+    """Let a frozen reward model use the generator's blocks themselves. Raises InputError where they are not the same."""
+    why = ""
+    if reward is None or reward.config.backbone != "frozen":
+        why = "the reward model's backbone was trained, so it is not the generator's"
+    elif own_encoders or reward.config.base_revision != config.revision:
+        why = f"the reward model was cut from {reward.config.base_model}"
+    elif config.lora:
+        why = "a LoRA changes the generator's blocks"
+    elif config.score_at == "clean":
+        why = "clean latents are not the state that the generator goes on from"
+    if why or reward is None:
+        raise InputError(
+            f"--share-score: {why}", hint="leave it out, or train with `drm train-reward --set backbone=frozen`"
+        )
+    mine, theirs = reward.transformer, generator.transformer
+    mine.transformer_blocks = theirs.transformer_blocks[: len(mine.transformer_blocks)]
+    for name in ("pos_embed", "time_text_embed", "context_embedder"):
+        setattr(mine, name, getattr(theirs, name))
+
+
 def latent_shape(config: Sample, generator: Generator) -> tuple[int, int, int]:
     """C, H, W of the latents for the asked size. Raises InputError for a size that cannot be."""
     factor = generator.pipe.vae_scale_factor * generator.pipe.patch_size
@@ -242,11 +266,13 @@ class Counts:
 
     generator_calls: int = 0
     reward_calls: int = 0
+    shared_calls: int = 0
     seconds: float = 0.0
 
     def add(self, samples: Samples, seconds: float) -> None:
         self.generator_calls += samples.calls.generator
         self.reward_calls += samples.calls.reward
+        self.shared_calls += samples.calls.shared
         self.seconds += seconds
 
     def save(self, folder: Run) -> None:
@@ -346,7 +372,10 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
             "step_rule": studio.search.rule(),
             "generator_calls": counts.generator_calls,
             "reward_calls": counts.reward_calls,
-            "cost": round((counts.generator_calls + ratio * counts.reward_calls) / len(images), 3),
+            "shared_calls": counts.shared_calls,
+            "cost": round(
+                Calls(counts.generator_calls, counts.reward_calls, counts.shared_calls).cost(ratio) / len(images), 3
+            ),
             "images_per_second": round(len(images) / max(counts.seconds, 1e-9), 3),
             "mean_score": _number(images["score"].mean()),
             "candidates": len(candidates),

@@ -399,6 +399,13 @@ COMMANDS: dict[str, type] = {
     "grpo": Grpo,
     "demo": Demo,
 }
+SINGULAR = {
+    ("bench", "sigmas"): "sigma",
+    ("bench", "scorers"): "scorer",
+    ("grpo", "add_rewards"): "add_reward",
+    ("score", "prompts"): "prompt",
+}
+"""Flags that are repeated to fill a list, and so are named for one of it."""
 C = TypeVar("C")
 
 
@@ -454,7 +461,7 @@ def resolve(
     values |= {key: value for key, value in loaded.items() if key != "preset"}
     values |= {key: value for key, value in assigned if key != "preset"} | given
     sources = dict.fromkeys(loaded, file) | {k: f"--set {k}" for k, _ in assigned}
-    sources |= {k: "--" + k.replace("_", "-") for k in given}
+    sources |= {k: "--" + SINGULAR.get((command, k), k).replace("_", "-") for k in given}
     return build(cls, values, sources)
 
 

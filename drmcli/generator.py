@@ -36,6 +36,16 @@ MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transforme
 TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
+LAYOUTS = {
+    "": "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights",
+    "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
+    "--judge": "give the `reward` folder of a train-reward run, or a scorer's name",
+    "--scorer": "give the `reward` folder of a train-reward run, or a scorer's name",
+    "--lora": "give the `lora` folder of a grpo run, or any LoRA that diffusers saved for this pipeline",
+}
+"""What a flag's folder must hold, for the hint when it cannot be loaded."""
+
+
 @dataclass
 class PromptEmbeds:
     """Text conditioning of SD3: `prompt_embeds` [B, L, D] and `pooled_prompt_embeds` [B, P]."""
@@ -117,9 +127,7 @@ def explained(ref: str, flag: str, *, page: str | None = None):
         fact = " ".join(str(error).split())[:300] or type(error).__name__
         unreachable = isinstance(error, OSError) and "connect" in fact.lower() and not Path(ref).exists()
         kind: type[DrmError] = MissingError if unreachable else InputError
-        hint = "connect once to download it, or give a folder" if unreachable else (
-            "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights"
-        )  # fmt: skip
+        hint = "connect once to download it, or give a folder" if unreachable else LAYOUTS.get(flag, LAYOUTS[""])
         raise kind(f"{flag} {ref}: cannot be loaded: {fact}", hint=hint) from error
 
 

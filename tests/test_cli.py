@@ -17,7 +17,7 @@ from drmcli import config as configs
 from drmcli.cli import app as application
 from drmcli.errors import InputError
 
-COMMANDS = ["demo", "train-reward", "bench", "score", "show", "config", "doctor"]
+COMMANDS = ["demo", "train-reward", "bench", "sample", "grpo", "score", "show", "data", "config", "doctor"]
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib", "yaml")
 README = Path(__file__).parents[1] / "README.md"
 
@@ -46,7 +46,7 @@ def examples(text: str) -> list[list[str]]:
     return [shlex.split(line.split("|")[-1]) for line in text.splitlines() if re.match(r"\s*(drm|.*\| drm) ", line)]
 
 
-@pytest.mark.parametrize("command", ["demo", "train-reward", "bench", "score", "show", "doctor"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("data", "config")])
 def test_help_has_examples_whose_options_exist(command: str, drm) -> None:
     page = drm(command, "--help").out
     module = __import__(f"drmcli.cli.{command.replace('-', '_')}", fromlist=["x"])
@@ -74,6 +74,7 @@ def test_two_lines_for_an_error(drm) -> None:
     result = drm("bench", "--sigma", "2")
     assert result.code == 2
     assert [line.split(":")[0] for line in result.err.splitlines()] == ["error", "hint"]
+    assert result.err.startswith("error: --sigma: ")
 
 
 def test_json_and_quiet_and_table(reward_folder: Path, tmp_path: Path, drm) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from drmcli.errors import RunError
+from drmcli.errors import InputError, RunError
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.images import BadImage, FileImage, ImageSource, load_image
 from drmcli.run import Reporter, write_bytes
@@ -35,12 +35,14 @@ OPEN_SHARDS = 64
 
 
 def cache_root(configured: str | None) -> Path:
-    """The cache folder: as configured, else $DRM_CACHE, else ~/.cache/drmcli."""
-    if configured:
-        return Path(configured)
-    if os.environ.get("DRM_CACHE"):
-        return Path(os.environ["DRM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "drmcli"
+    """The cache folder: as configured, else $DRM_CACHE, else ~/.cache/drmcli. Raises InputError where a file is in the way."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "drmcli"
+    root = Path(configured or os.environ.get("DRM_CACHE") or home)
+    for part in (root, *root.parents):
+        if part.is_file():
+            flag = "--cache-dir" if configured else "DRM_CACHE" if os.environ.get("DRM_CACHE") else "cache"
+            raise InputError(f"{flag} {root}: {part} is a file", hint="name a folder for the cache with --cache-dir")
+    return root
 
 
 class Store:

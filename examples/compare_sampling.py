@@ -58,10 +58,37 @@ WAYS: dict[str, dict] = {
         "num_inference_steps": 18,
         "branch_sigmas": (0.3, 1.0),
     },
+    "step-wise k=2 a=1.0, sigma >= 0.6": {
+        "mode": "stepwise",
+        "num_candidates": 2,
+        "noise_level": 1.0,
+        "branch_sigmas": (0.6, 1.0),
+    },
+    "step-wise k=2 a=1.0, 26 steps, sigma >= 0.6": {
+        "mode": "stepwise",
+        "num_candidates": 2,
+        "noise_level": 1.0,
+        "num_inference_steps": 26,
+        "branch_sigmas": (0.6, 1.0),
+    },
+    "beam 2 x 2 CPS a=1.0, 14 steps, sigma >= 0.6": {
+        "mode": "beam",
+        "num_beams": 2,
+        "num_candidates": 2,
+        "noise_level": 1.0,
+        "num_inference_steps": 14,
+        "branch_sigmas": (0.6, 1.0),
+    },
     "beam 2 x 2 CPS a=0.9": {"mode": "beam", "num_beams": 2, "num_candidates": 2},
     "halving 8 > 4 > 2 > 1 ODE": {"mode": "halving", "num_candidates": 8},
+    "halving 8 > 4 > 2 > 1 CPS a=1.0": CPS | {"mode": "halving", "num_candidates": 8, "noise_level": 1.0},
+    "halving 4 > 2 > 1 CPS a=1.0, 18 steps": CPS
+    | {"mode": "halving", "num_candidates": 4, "noise_level": 1.0, "num_inference_steps": 18},
     "SMC 4 CPS a=0.9": {"mode": "smc", "num_candidates": 4},
 }
+PAPER = {1: (2.88, 1.01, 16.76, 8.95, 0.650), 2: (5.63, 1.08, 16.84, 9.02, 0.661), 4: (7.75, 1.14, 16.81, 9.32, 0.663),
+         6: (9.83, 1.15, 16.93, 9.49, 0.662)}  # fmt: skip
+"""The paper's table on SD3.5-Medium: k, and seconds a picture, ImageReward, PickScore, HPSv3, LPIPS diversity."""
 RIVALS = ("best-of-3 ODE", "best-of-3 CPS a=1.0")
 
 
@@ -104,6 +131,27 @@ def draw(
     }
 
 
+def in_the_papers_form(results: dict[str, dict]) -> Table:
+    """k against time, scores and diversity, beside the published table. Only the shapes of the two may be compared."""
+    table = Table(title="\nin the paper's form", box=None, header_style="bold", pad_edge=False, title_justify="left")
+    ours, theirs = (
+        ("k", "ms", "time", "reward", "judge", "diversity"),
+        ("paper: time", "ImageReward", "PickScore", "HPSv3", "LPIPS"),
+    )
+    for column in ours + theirs:
+        table.add_column(column, justify="right")
+    first = results["step-wise k=1 CPS a=0.9"]
+    for k in (1, 2, 4, 6, 8):
+        r = results[f"step-wise k={k} CPS a=0.9"]
+        seconds, *scores = PAPER.get(k, (None,))
+        published = [""] * 5 if seconds is None else [f"{seconds / PAPER[1][0]:.2f}", *(f"{x:g}" for x in scores)]
+        table.add_row(
+            str(k), f"{1000 * r['seconds']:.0f}", f"{r['seconds'] / first['seconds']:.2f}", f"{r['reward'].mean():+.2f}",
+            f"{r['judge'].mean():.3f}", f"{r['diversity'].mean():.3f}", *published,
+        )  # fmt: skip
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare-sampling"))
@@ -144,6 +192,7 @@ def main() -> None:
         )  # fmt: skip
     console.print(f"{len(captions)} prompts x {args.seeds} seeds, guidance {args.guidance:g}, 10 steps unless said")
     console.print(table)
+    console.print(in_the_papers_form(results))
     frame = pd.DataFrame(rows)
     frame.to_parquet(args.folder / f"comparison-guidance-{args.guidance:g}.parquet")
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")

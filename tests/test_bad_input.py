@@ -356,6 +356,12 @@ def _nan_in_generator(b):
     return train("--generator", folder, "--cache-dir", b.tmp / "cache")
 
 
+@case(2, "--cache-dir")
+def _cache_is_a_file(b):
+    (b.tmp / "cache").write_text("x")
+    return train("--cache-dir", b.tmp / "cache")
+
+
 def _lacking(b, part: str):
     folder = b.copy(b.generator)
     b.spoil(folder / part, lambda t: t.pop(sorted(t)[0]))

@@ -2,19 +2,23 @@
 
     python examples/overhead.py
 
-Ratios on the embedded model: `drm bench` on 1,000 pairs against the bare passes of the same pictures (VAE, text encoders, reward
-model), a training step with a warm cache against the bare forward and backward of the truncated transformer, step-wise sampling
-against the forward passes that it counts, and an update of `drm grpo` against its forward and backward passes.
+Ratios on the embedded model: `drm bench` on 1,000 pairs, and on a dataset of HPDv2's layout and size, against the bare passes of the
+same pictures (VAE, text encoders, reward model); a training step with a warm cache against the bare forward and backward of the
+truncated transformer; step-wise sampling against the forward passes that it counts; an update of `drm grpo` against its forward and
+backward passes.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from drmcli.config import resolve
 from drmcli.flow import add_noise
@@ -30,15 +34,14 @@ from drmcli.sampling import Search, sample
 from drmcli.tiny import world
 
 
-def bench_ratio(folder: Path, repeats: int = 3) -> None:
-    """The recipe on pictures that no cache knows, after the procedural dataset itself has been drawn."""
-    flags = {"pairs": 1000, "cache_dir": str(folder / "cache")}
+def bench_ratio(folder: Path, dataset: str = "shapes", repeats: int = 3) -> None:
+    """The recipe on pictures that no cache knows, after the pictures themselves have been drawn."""
+    flags: dict = {"cache_dir": str(folder / "cache"), "dataset": dataset}
+    flags |= {"pairs": 1000} if dataset == "shapes" else {"data_dir": str(folder / dataset)}
     config = resolve("bench", flags=flags)
-    device = torch.device("cpu")
-    data = first_pairs(
-        load_preferences("shapes", "test", config, LazyGenerator.of(config, device), Silent(), flag="", prompts=200),
-        1000,
-    )
+    drawer = LazyGenerator.of(config, torch.device("cpu"))
+    data = load_preferences(dataset, "test", config, drawer, Silent(), flag="", prompts=200)
+    data = first_pairs(data, config.pairs or len(data))
     whole, bare = [], []
     for i in range(repeats):
         for encoded in folder.glob("cache/images-*"), folder.glob("cache/prompts-*"):
@@ -46,12 +49,31 @@ def bench_ratio(folder: Path, repeats: int = 3) -> None:
                 for file in store.iterdir():
                     file.unlink()
         started = time.perf_counter()
-        summary = bench.run(resolve("bench", flags=flags | {"out": str(folder / f"bench-{i}")}), Silent())
+        summary = bench.run(resolve("bench", flags=flags | {"out": str(folder / f"bench-{dataset}-{i}")}), Silent())
         whole.append(time.perf_counter() - started)
         bare.append(bare_bench(config, data))
     a, b = statistics.median(whole), statistics.median(bare)
-    print(f"drm bench, {summary['n_pairs']} pairs, {summary['n_images']} pictures x {len(config.sigmas)} noise levels:")
+    pictures = f"{summary['n_images']} pictures x {len(config.sigmas)} noise levels"
+    print(f"drm bench --dataset {dataset}, {summary['n_prompts']} prompts, {summary['n_pairs']} pairs, {pictures}:")
     print(f"  command {a:.2f} s, bare forward passes {b:.2f} s, ratio {a / b:.2f} (to be at most 1.30)")
+
+
+def write_hpdv2(folder: Path, prompts: int = 400, each: int = 9) -> None:
+    """A dataset in HPDv2's published layout and size, with pictures of the embedded world."""
+    (folder / "test").mkdir(parents=True)
+    captions = [c for c in list(world.captions("test"))[:prompts] for _ in range(each)]
+    rng = np.random.default_rng(0)
+    for i, pixels in enumerate(world.draw(captions, rng, flawed=0.8)):
+        Image.fromarray(pixels).save(folder / "test" / f"{i:05d}.png")
+    rows = [
+        {
+            "prompt": captions[i],
+            "image_path": [f"{j:05d}.png" for j in range(i, i + each)],
+            "rank": rng.permutation(each).tolist(),
+        }
+        for i in range(0, len(captions), each)
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
 
 
 def bare_bench(config, data) -> float:
@@ -210,5 +232,7 @@ if __name__ == "__main__":
         print(f"{torch.get_num_threads()} threads")
         step_ratio(Path(name))
         bench_ratio(Path(name))
+        write_hpdv2(Path(name) / "hpdv2")
+        bench_ratio(Path(name), "hpdv2", repeats=1)
         sampling_ratio()
         update_ratio(Path(name))

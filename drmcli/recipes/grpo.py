@@ -67,6 +67,9 @@ from drmcli.tiny import world
 RATIO_TOLERANCE = 1e-5
 """Largest deviation of the first log ratio from 0."""
 
+ALARM_SHARE = 0.25
+"""Share of its gain that the judge must have lost, beyond noise, before the alarm sounds: the best of many noisy points is a lucky one."""
+
 
 def run(config: Grpo, reporter: Reporter) -> dict[str, Any]:
     """Align a generator. Returns what summary.json holds."""
@@ -534,7 +537,8 @@ class Aligner:
         )
         if self.judge and best is not row and self.config.on_hacking != "ignore":
             gap = paired_ci(found.judge, self.best_judge, found.prompt)
-            if row["reward"] > best["reward"] and gap.ci95[1] < 0:
+            lost = -gap.value > ALARM_SHARE * (best["judge"] - self.history[0]["judge"])
+            if row["reward"] > best["reward"] and gap.ci95[1] < 0 and lost:
                 text = (
                     f"update {self.update}: the reward rose to {row['reward']:+.3f} while the judge fell by {-gap.value:.3f} since"
                     f" update {int(best['update'])}: the reward model is being fooled; {self.product}/ is update {int(best['update'])}"

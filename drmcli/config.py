@@ -195,6 +195,22 @@ class Bench(Common, Drawing, Data):
     """Images scored at once."""
     fail_under: Annotated[float, Field(ge=0, le=100)] | None = None
     """Accuracy in percent under which the command exits with 1."""
+    lora: str | None = None
+    """With prompts as the dataset: a LoRA, or the run that made it, whose pictures are measured beside the generator's own."""
+    prompts: Positive | None = None
+    """Prompts to draw, the first of the file; None is all (96 of shapes-prompts)."""
+    num_images: Positive = 4
+    """Pictures a prompt, with the seeds seed, seed + 1, ..."""
+    steps: Positive | None = None
+    """Steps from noise to picture; None is the preset's for sampling."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Guidance of the pictures; None is the preset's for sampling."""
+    images: str | None = None
+    """geneval: a folder of pictures in GenEval's layout to evaluate, in place of drawing."""
+    detector: str = "facebook/mask2former-swin-small-coco-instance"
+    """geneval: Mask2Former by folder or hub id; shapes is the embedded world's own."""
+    color_model: str = "openai/clip-vit-large-patch14"
+    """geneval: CLIP that tells colours, by folder or hub id."""
 
 
 @dataclass(config=strict, kw_only=True)

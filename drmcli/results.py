@@ -61,6 +61,17 @@ SCHEMAS: dict[str, pa.Schema] = {
             "score": _real,
         }
     ),
+    "generated": pa.schema(
+        {
+            "dataset": _text, "generator": _text, "lora": _text, "prompt_id": _text, "prompt": _text, "seed": _int, "path": _text,
+            "scorer": _text, "score": _real,
+        }
+    ),
+    "geneval": pa.schema(
+        {
+            "item": _int, "image": _int, "task": _text, "prompt": _text, "path": _text, "correct": pa.bool_(), "reason": _text,
+        }
+    ),
     "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
     "train_reward_metrics": pa.schema(
         {

@@ -9,9 +9,9 @@ import drmcli
 
 ROOT = Path(drmcli.__file__).parent
 PLAIN = {"errors", "config", "run", "results", "stats", "published", "images", "archives", "preferences", "published_layouts",
-         "datasets", "report", "plots", "__init__", "tiny.world", "tiny.judge"}  # fmt: skip
+         "datasets", "report", "plots", "prompts", "geneval", "__init__", "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip
 """Modules that do without torch."""
-MODELS = {"generator", "reward", "memory", "scheduler", "tiny.build", "tiny.shapes",
+MODELS = {"generator", "reward", "memory", "scheduler", "detect", "tiny.build", "tiny.shapes",
           "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3"}  # fmt: skip
 """Modules that may see diffusers and transformers, besides the recipes."""
 

@@ -8,10 +8,17 @@ import typer
 
 from drmcli.cli import options as o
 
+GENERATOR = "Benchmark of a generator"
+
 
 def bench(
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME|PATH", help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file.")
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file of pairs; for a generator geneval, shapes-prompts, or a"
+            " file of prompts.",
+        ),
     ] = None,
     scorers: Annotated[
         list[str] | None,
@@ -38,6 +45,28 @@ def bench(
     noise_samples: Annotated[int | None, typer.Option(help="Noise draws a picture, averaged (default: 1).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures scored at once.")] = None,
     fail_under: Annotated[float | None, typer.Option(help="Exit with 1 when the accuracy (%) is lower.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(metavar="RUN|FOLDER", help="A LoRA to compare with.", rich_help_panel=GENERATOR)
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts to draw (default: all).", rich_help_panel=GENERATOR)
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="Pictures a prompt (default: 4).", rich_help_panel=GENERATOR)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a picture.", rich_help_panel=GENERATOR)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance.", rich_help_panel=GENERATOR)] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="geneval: evaluate these pictures, in its layout.", rich_help_panel=GENERATOR),
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(metavar="REF|shapes", help="geneval: a Mask2Former, or shapes.", rich_help_panel=GENERATOR),
+    ] = None,
+    color_model: Annotated[
+        str | None, typer.Option(metavar="REF", help="geneval: a CLIP that tells colours.", rich_help_panel=GENERATOR)
+    ] = None,
     max_bad: o.MaxBad = None,
     allow_outside: o.AllowOutside = None,
     preset: o.Preset = None,
@@ -59,7 +88,7 @@ def bench(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure a reward model's preference accuracy, at every noise level and in every counting convention.
+    """Measure a reward model's preference accuracy, at every noise level and in every counting convention; or what a generator draws.
 
     [bold]Examples[/]
 
@@ -68,6 +97,10 @@ def bench(
       drm bench --reward runs/mine/reward --dataset pairs.jsonl --sigma 0.25 --noise-samples 4
 
       drm bench --scorer shapes --against runs/mine/reward
+
+      drm bench --dataset shapes-prompts --lora runs/mine --scorer shapes
+
+      drm bench --dataset geneval
 
       drm bench --dataset hpdv2 --data-dir ~/HPDv2 --preset sd35-medium --reward runs/sd35/reward
     """

@@ -59,9 +59,63 @@ def train_reward(s: dict[str, Any]) -> None:
     console.print(f"next: drm bench --reward {s['reward']}", markup=False)
 
 
+def geneval(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table(
+        f"GenEval: overall {s['overall']:.1f} %, the mean over tasks",
+        "task",
+        "pictures",
+        "right",
+        "accuracy",
+        "95 % interval",
+    )
+    for row in s["tasks"]:
+        lo, hi = row["ci95"]
+        made.add_row(
+            row["task"], str(row["n"]), str(row["correct"]), f"{row['accuracy']:.1f} %", f"{lo:.1f} to {hi:.1f}"
+        )
+    console.print(made)
+    if s["tasks_left_out"]:
+        console.print(f"not asked: {', '.join(s['tasks_left_out'])}")
+    console.print(
+        f"{s['n_prompts']} prompts, {s['n_images']} pictures: {s['correct_images']:.1f} % of pictures are right,"
+        f" {s['correct_prompts']:.1f} % of prompts have a right one; detector {s['detector']}"
+    )
+    console.print(f"{s['seconds']:.0f} s on {s['device']}; tables and pictures: {s['run']}", markup=False)
+
+
+def generator(s: dict[str, Any]) -> None:
+    console = stdout()
+    title = f"{s['n_prompts']} prompts, {s['n_images']} pictures" + (
+        f", before and after {s['lora']}" if s["lora"] else ""
+    )
+    after = ("after", "difference", "95 % interval", "wins") if s["lora"] else ()
+    made = table(title, "", "mean" if not s["lora"] else "before", *after)
+    for row in s["scorers"]:
+        cells = [f"{row['before']:.3f}"]
+        if s["lora"]:
+            lo, hi = row["difference_ci95"]
+            cells += [
+                f"{row['after']:.3f}",
+                f"{row['difference']:+.3f}",
+                f"{lo:+.3f} to {hi:+.3f}",
+                f"{row['win_rate']:.0f} %",
+            ]
+        made.add_row(row["scorer"], *cells)
+    if s["diversity"]["before"] is not None:
+        made.add_row("diversity", *(f"{value:.3f}" for value in s["diversity"].values()), *([""] * (len(after) - 1)))
+    console.print(made)
+    console.print(f"diversity: {s['diversity_kind']}")
+    console.print(f"{s['seconds']:.0f} s on {s['device']}; pictures side by side: {s['grid']}", markup=False)
+
+
 def bench(s: dict[str, Any]) -> None:
     from drmcli.plots import text_plot
 
+    if "tasks" in s:
+        return geneval(s)
+    if "diversity" in s:
+        return generator(s)
     console = stdout()
     made = table(
         f"{s['dataset']} {s['split']}: {s['accuracy']:.2f} % at noise level {s['sigma']:g}",

@@ -17,7 +17,7 @@ def sample(
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; - reads prompts from stdin.")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line.")
+        str | None, typer.Option("--prompts", metavar="FILE", help="A file of prompts: text, JSONL or JSON.")
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Pictures a prompt (default: 1).")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps from noise to picture.")] = None,
@@ -106,9 +106,7 @@ def sample(
 
 
 def _prompts(prompts: list[str] | None, file: str | None) -> list[str] | None:
-    from pathlib import Path
-
-    from drmcli.errors import InputError
+    from drmcli.prompts import read_prompts
 
     given = [
         text
@@ -116,12 +114,7 @@ def _prompts(prompts: list[str] | None, file: str | None) -> list[str] | None:
         for text in ([line.strip() for line in sys.stdin if line.strip()] if prompt == "-" else [prompt])
     ]
     if file is not None:
-        try:
-            given += [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--prompts {file}: cannot be read: {error}", hint="give a text file with a prompt a line"
-            ) from None
+        given += read_prompts(file)
     return given or None
 
 

@@ -24,6 +24,7 @@ from drmcli.images import BadImage, load_image
 from drmcli.plots import accuracy_by_noise, calibration_plot
 from drmcli.preferences import Preferences
 from drmcli.published import published
+from drmcli.recipes import generated
 from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
 from drmcli.reward import RewardModel
 from drmcli.rewards import is_scorer
@@ -68,7 +69,9 @@ class Opinion:
 
 
 def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
-    """Measure reward models and scorers on the same pairs. Returns what summary.json holds."""
+    """Measure reward models and scorers on the same pairs, or a generator. Returns what summary.json holds."""
+    if generated.wanted(config):
+        return generated.run(config, reporter)
     refs = list(dict.fromkeys(r for r in (config.reward, *config.scorers, config.against) if r and r != "none"))
     if not refs:
         raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
@@ -417,6 +420,8 @@ def plan(config: Bench) -> dict[str, Any]:
     """What `--dry-run` prints."""
     from drmcli.recipes.plan import describe_generator
 
+    if generated.wanted(config):
+        return generated.plan(config)
     known = describe_generator(config)
     return {
         "dataset": config.dataset,

@@ -41,6 +41,7 @@ from drmcli.losses import clipped_policy_loss
 from drmcli.memory import plan_policy
 from drmcli.plots import reward_and_judge
 from drmcli.preferences import text_id
+from drmcli.prompts import read_prompts as read_prompt_file
 from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
@@ -95,13 +96,8 @@ def read_prompts(config: Grpo) -> dict[str, list[str]]:
     """Prompts of train, val and test, disjoint by text."""
     if config.prompts == "shapes":
         return {split: list(world.captions(split)) for split in world.SPLITS}
-    try:
-        lines = Path(package_path(config.prompts)).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--prompts {config.prompts}: cannot be read: {error}", hint="shapes, or a text file of prompts"
-        ) from None
-    texts = sorted({line.strip() for line in lines if line.strip()}, key=lambda t: hashlib.sha256(t.encode()).digest())
+    lines = read_prompt_file(package_path(config.prompts))
+    texts = sorted(set(lines), key=lambda t: hashlib.sha256(t.encode()).digest())
     if len(texts) < 10:
         raise InputError(f"--prompts {config.prompts}: {len(texts)} prompts", hint="give 10 or more: some are held out")
     tenth = max(1, len(texts) // 10)

@@ -50,22 +50,13 @@ def judge(images: np.ndarray, texts: list[str]) -> Verdict:
     )
     real = np.array([[True, len(c.things) == 2] for c in captions])  # [B, O] is this object asked for?
 
-    # Soft mask of each wanted colour: full within 0.18 of it, nothing beyond 0.42 or where another colour is nearer.
-    palette = np.concatenate([world.COLOR_TABLE, np.full((1, 3), world.BACKGROUND, dtype=np.float32)])
-    nearest = np.linalg.norm(x[:, :, :, None] - palette, axis=-1).min(-1)  # [B, H, W]
-    distance = np.linalg.norm(x[:, None] - color[:, :, None, None], axis=-1)  # [B, O, H, W]
-    mask = np.clip((0.42 - distance) / 0.24, 0, 1) * np.clip(1 - (distance - nearest[:, None]) / 0.1, 0, 1)
-
-    # Where it is found, and how large: centroid and area of the mask.
-    area = mask.sum((-1, -2))
-    centroid = np.einsum("bohw,hwc->boc", mask, world._GRID) / np.maximum(area, 1e-6)[..., None]
+    mask, distance = _color_masks(x, color)
+    area, centroid = _where(mask)
     presence = np.clip(area / 20.0, 0, 1)
     radius = np.where(size > 0, size, np.clip(np.sqrt(area / np.pi), 3.0, 9.0))
 
-    # Masks of all shapes with the found area, for the shape part; of the wanted shape and size, for the object part.
-    every = np.arange(len(world.SHAPES))
-    templates = _templates(every[None, None], centroid[:, :, None], np.sqrt(np.maximum(area, 20) / np.pi)[..., None])
-    likeness = _iou(mask[:, :, None], templates)  # [B, O, S]
+    # Likeness to all shapes with the found area, for the shape part; to the wanted shape and size, for the object part.
+    likeness = _likeness(mask, area, centroid)  # [B, O, S]
     odds = np.exp((likeness - likeness.max(-1, keepdims=True)) / 0.04)
     shape_part = np.take_along_axis(odds / odds.sum(-1, keepdims=True), shape[..., None], -1)[..., 0] * presence
     ideal = _templates(shape, centroid, radius, scale_triangle=False)
@@ -93,6 +84,62 @@ def judge(images: np.ndarray, texts: list[str]) -> Verdict:
     score = sum(WEIGHTS[name] * value for name, value in parts.items())
     assert score.shape == (b,)
     return Verdict(score=score, **parts)
+
+
+@dataclass
+class Found:
+    """A shape that is seen in a picture."""
+
+    shape: str
+    color: str
+    score: float
+    """How much it looks like that shape, 0 to 1."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom, pixels."""
+
+
+def find(images: np.ndarray) -> list[list[Found]]:
+    """The shape of each colour that is there, without a caption. images: uint8 [B, 32, 32, 3]."""
+    x = images.astype(np.float32) / 255.0
+    mask, _ = _color_masks(
+        x, np.broadcast_to(world.COLOR_TABLE, (len(x), *world.COLOR_TABLE.shape))
+    )  # [B, colours, H, W]
+    area, centroid = _where(mask)
+    likeness = _likeness(mask, area, centroid)  # [B, colours, S]
+    out: list[list[Found]] = [[] for _ in images]
+    for b, c in zip(*np.nonzero(area >= 20)):
+        solid = mask[b, c] > 0.5
+        if not solid.any():
+            continue
+        ys, xs = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+        best = int(likeness[b, c].argmax())
+        box = float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)
+        out[b].append(Found(world.SHAPES[best], world.COLOR_NAMES[c], float(likeness[b, c, best]), box))
+    return out
+
+
+def _color_masks(x: np.ndarray, color: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Soft masks [B, O, H, W] of colours [B, O, 3] in pictures x, and the distances they are from.
+
+    Full within 0.18 of the colour, nothing beyond 0.42 or where another colour is nearer.
+    """
+    palette = np.concatenate([world.COLOR_TABLE, np.full((1, 3), world.BACKGROUND, dtype=np.float32)])
+    nearest = np.linalg.norm(x[:, :, :, None] - palette, axis=-1).min(-1)  # [B, H, W]
+    distance = np.linalg.norm(x[:, None] - color[:, :, None, None], axis=-1)  # [B, O, H, W]
+    return np.clip((0.42 - distance) / 0.24, 0, 1) * np.clip(1 - (distance - nearest[:, None]) / 0.1, 0, 1), distance
+
+
+def _where(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area [B, O] and centroid [B, O, 2] of masks."""
+    area = mask.sum((-1, -2))
+    return area, np.einsum("bohw,hwc->boc", mask, world._GRID) / np.maximum(area, 1e-6)[..., None]
+
+
+def _likeness(mask: np.ndarray, area: np.ndarray, centroid: np.ndarray) -> np.ndarray:
+    """IoU [B, O, S] of masks with each shape of the same area at the same place."""
+    every = np.arange(len(world.SHAPES))
+    templates = _templates(every[None, None], centroid[:, :, None], np.sqrt(np.maximum(area, 20) / np.pi)[..., None])
+    return _iou(mask[:, :, None], templates)
 
 
 # Area of each shape drawn with radius 1: pi, (2 * 0.886)^2, 0.5 * 2.3 * 2; and its centroid below the box's middle.

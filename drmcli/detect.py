@@ -19,8 +19,9 @@ from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import MissingError
-from drmcli.generator import explained, quiet_libraries
+from drmcli.generator import quiet_libraries
 from drmcli.geneval import COLORS, Detection
+from drmcli.hub import explained
 
 RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 """COCO's names that GenEval's prompts spell in another way."""

@@ -22,28 +22,17 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from drmcli.config import local_or_hub
-from drmcli.errors import DrmError, InputError, MissingError
+from drmcli.errors import InputError, MissingError
+from drmcli.hub import explained, quiet_hub
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer")
 TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-LAYOUTS = {
-    "": "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights",
-    "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
-    "--judge": "give the `reward` folder of a train-reward run, or a scorer's name",
-    "--scorer": "give the `reward` folder of a train-reward run, or a scorer's name",
-    "--lora": "give the `lora` folder of a grpo run, or any LoRA that diffusers saved for this pipeline",
-}
-"""What a flag's folder must hold, for the hint when it cannot be loaded."""
 
 
 @dataclass
@@ -100,35 +89,6 @@ def load_part(kind: type, where: str, name: str, *, revision: str | None, dtype:
         raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
     _refuse_broken(model, f"{where}: {name}")
     return model
-
-
-@contextmanager
-def explained(ref: str, flag: str, *, page: str | None = None):
-    """Turn what loading from a folder or the hub can raise into one clear error."""
-    page = page or f"https://huggingface.co/{ref}"
-    try:
-        yield
-    except DrmError:
-        raise
-    except hub_errors.GatedRepoError as error:
-        hint = f"accept the licence at {page}, run `hf auth login`, then the same command again"
-        raise MissingError(f"{flag} {ref}: the model is gated and you have no access yet", hint=hint) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        hint = f"check {page} and the revision; a private model needs `hf auth login`"
-        raise MissingError(f"{flag} {ref}: there is no such model on the hub", hint=hint) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
-        hint = "connect once to download it (or unset HF_HUB_OFFLINE), or give a folder"
-        raise MissingError(f"{flag} {ref}: not in the local cache, and the hub cannot be reached", hint=hint) from error
-    except SafetensorError as error:
-        raise InputError(f"{flag} {ref}: damaged weights: {error}", hint="download or build the model again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-            raise
-        fact = " ".join(str(error).split())[:300] or type(error).__name__
-        unreachable = isinstance(error, OSError) and "connect" in fact.lower() and not Path(ref).exists()
-        kind: type[DrmError] = MissingError if unreachable else InputError
-        hint = "connect once to download it, or give a folder" if unreachable else LAYOUTS.get(flag, LAYOUTS[""])
-        raise kind(f"{flag} {ref}: cannot be loaded: {fact}", hint=hint) from error
 
 
 def use_attention(transformer: SD3Transformer2DModel, name: str) -> None:
@@ -399,15 +359,17 @@ def _refuse_broken(module: torch.nn.Module, where: str) -> None:
 
 @contextmanager
 def quiet_libraries():
-    """Keep the progress bars and notices of diffusers and transformers out of the user's terminal while loading."""
+    """Keep the progress bars and notices of diffusers, transformers and the hub's client out of the user's terminal while loading."""
     from transformers.utils import logging as transformers_logging
 
-    before = [lib.get_verbosity() for lib in (diffusers_logging, transformers_logging)]
-    for lib in (diffusers_logging, transformers_logging):
+    libraries = diffusers_logging, transformers_logging
+    before = [lib.get_verbosity() for lib in libraries]
+    for lib in libraries:
         lib.set_verbosity(logging.CRITICAL)
         lib.disable_progress_bar()
     try:
-        yield
+        with quiet_hub():
+            yield
     finally:
-        for lib, level in zip((diffusers_logging, transformers_logging), before):
+        for lib, level in zip(libraries, before):
             lib.set_verbosity(level)

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, RunError
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, explained, load_part, quiet_libraries, reach, use_attention
+from drmcli.generator import Generator, PromptEmbeds, load_part, quiet_libraries, reach, use_attention
+from drmcli.hub import explained
 from drmcli.run import seed_of
 
 LORA_TARGETS = (

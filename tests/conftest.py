@@ -29,15 +29,15 @@ SMALL = ["--set", "shapes_prompts=8", "--set", "shapes_generated=0", "--set", "e
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that reaches for another machine fails."""
-    connect = socket.socket.connect
+    for name in ("connect", "connect_ex"):
 
-    def guarded(self: socket.socket, address: object) -> None:
-        host = address[0] if isinstance(address, tuple) else "localhost"
-        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("localhost", "127.0.0.1", "::1"):
-            raise AssertionError(f"a test reached for the network: {address}")
-        connect(self, address)
+        def guarded(self: socket.socket, address: object, original=getattr(socket.socket, name)) -> object:
+            host = address[0] if isinstance(address, tuple) else "localhost"
+            if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("localhost", "127.0.0.1", "::1"):
+                raise AssertionError(f"a test reached for the network: {address}")
+            return original(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        monkeypatch.setattr(socket.socket, name, guarded)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import write_pairs
@@ -21,25 +19,6 @@ def test_list(drm) -> None:
 
 def test_every_dataset_knows_what_it_needs() -> None:
     assert set(recipe.PATTERNS) == set(recipe.DATASETS)
-
-
-def test_get_asks_for_the_split_alone(tmp_path: Path, drm, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-
-    def fetch(hub_id: str, **options: object) -> None:
-        asked.update(options, hub_id=hub_id)
-        (Path(str(options["local_dir"])) / "data").mkdir(parents=True)
-        (Path(str(options["local_dir"])) / "data" / "test_unique-00000.parquet").write_bytes(b"rows")
-
-    monkeypatch.setattr(recipe, "snapshot_download", fetch)
-    monkeypatch.setattr(recipe.HfApi, "dataset_info", lambda self, name: SimpleNamespace(sha="abc"))
-    result = drm("data", "get", "pickapic", "--data-dir", tmp_path / "p", "--json")
-    assert result.code == 0, result.err
-    assert asked["hub_id"] == "yuvalkirstain/pickapic_v1"
-    assert asked["allow_patterns"] == ["data/test_unique-*.parquet"]
-    manifest = json.loads((tmp_path / "p" / recipe.MANIFEST).read_text())
-    assert manifest == result.json
-    assert manifest["files"] == {"data/test_unique-00000.parquet": 4}
 
 
 def test_get_offline_says_so(tmp_path: Path, drm) -> None:
@@ -66,3 +45,21 @@ def test_check_names_what_is_wrong(tmp_path: Path, drm) -> None:
     assert broken.code == 1
     assert "2-b.png" in broken.out
     assert drm("data", "check", file, "--json").json["duplicate images"] == [["3-a.png", "3-b.png"]]
+
+
+def test_two_sets_that_share_something(tmp_path: Path, drm) -> None:
+    """The same pictures under other names are found by content, and prompts by their text."""
+    first = write_pairs(tmp_path / "a", 4)
+    lines = write_pairs(tmp_path / "b", 8).read_text().splitlines()
+    other = tmp_path / "b" / "rest.jsonl"
+    other.write_text("\n".join(lines[4:]) + "\n")
+    clean = drm("data", "check", first, "--against", other, "--json")
+    assert (clean.code, clean.json["images in both"], clean.json["prompts in both"]) == (0, [], [])
+    (tmp_path / "b" / "7-a.png").write_bytes((tmp_path / "a" / "1-b.png").read_bytes())
+    shared = drm("data", "check", first, "--against", other, "--json")
+    assert shared.code == 1
+    assert shared.json["images in both"] == ["1-b.png = 7-a.png"]
+    assert (
+        len(drm("data", "check", first, "--against", tmp_path / "b" / "pairs.jsonl", "--json").json["prompts in both"])
+        == 4
+    )

@@ -9,7 +9,7 @@ import drmcli
 
 ROOT = Path(drmcli.__file__).parent
 PLAIN = {"errors", "config", "run", "results", "stats", "published", "images", "archives", "preferences", "published_layouts",
-         "datasets", "report", "plots", "prompts", "geneval", "__init__", "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip
+         "datasets", "report", "plots", "prompts", "hub", "geneval", "__init__", "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip
 """Modules that do without torch."""
 MODELS = {"generator", "reward", "memory", "scheduler", "detect", "tiny.build", "tiny.shapes",
           "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3"}  # fmt: skip

@@ -78,25 +78,41 @@ def check(
     ],
     data_dir: o.DataDir = None,
     split: Annotated[str | None, typer.Option(help="Split of a published dataset.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="A second set that should share nothing with the first.")
+    ] = None,
+    against_split: Annotated[
+        str | None, typer.Option(help="Its split; alone, another split of the same dataset.")
+    ] = None,
     allow_outside: o.AllowOutside = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Read every picture once; name what is unreadable, double or empty. Exits with 1 when something is wrong.
+    """Read every picture once; name what is unreadable, double, empty, or in both of two sets. Exits with 1 when something is wrong.
 
     [bold]Examples[/]
 
       drm data check pairs.jsonl
 
       drm data check hpdv2 --data-dir ~/HPDv2 --split test
+
+      drm data check hpdv2 --data-dir ~/HPDv2 --split test --against-split train
     """
     from drmcli.cli.output import Screen, show_json, stdout
     from drmcli.cli.render import table
     from drmcli.recipes import data as recipe
 
     with Screen(quiet=quiet or as_json) as screen:
-        found = recipe.examine(path, data_dir=data_dir, split=split, allow_outside=bool(allow_outside), reporter=screen)
+        found = recipe.examine(
+            path,
+            data_dir=data_dir,
+            split=split,
+            allow_outside=bool(allow_outside),
+            reporter=screen,
+            against=against,
+            against_split=against_split,
+        )
     if as_json:
         show_json(found)
     elif not quiet:

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from drmcli.config import local_or_hub
-from drmcli.generator import explained, quiet_libraries, reach
+from drmcli.generator import quiet_libraries, reach
+from drmcli.hub import explained
 from drmcli.memory import component_bytes
 
 CLIP_TOKENS = 77

@@ -1,0 +1,85 @@
+"""What loading from a folder or the hub can raise, as one clear error each. Without torch."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+
+from drmcli.errors import DrmError, InputError, MissingError
+
+LAYOUTS = {
+    "": "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights",
+    "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
+    "--judge": "give the `reward` folder of a train-reward run, or a scorer's name",
+    "--scorer": "give the `reward` folder of a train-reward run, or a scorer's name",
+    "--lora": "give the `lora` folder of a grpo run, or any LoRA that diffusers saved for this pipeline",
+}
+"""What a flag's folder must hold, for the hint when it cannot be loaded."""
+
+
+@contextmanager
+def explained(ref: str, flag: str, *, page: str | None = None):
+    """Turn what loading from a folder or the hub can raise into one clear error."""
+    page = page or f"https://huggingface.co/{ref}"
+    what = "dataset" if "/datasets/" in page else "model"
+    try:
+        yield
+    except DrmError:
+        raise
+    except hub_errors.GatedRepoError as error:
+        hint = f"accept the licence at {page}, run `hf auth login`, then the same command again"
+        raise MissingError(f"{flag} {ref}: the {what} is gated and you have no access yet", hint=hint) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        hint = f"check {page} and the revision; a private {what} needs `hf auth login`"
+        raise MissingError(f"{flag} {ref}: there is no such {what} on the hub", hint=hint) from error
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
+        hint = "connect once to download it (or unset HF_HUB_OFFLINE), or give a folder"
+        raise MissingError(f"{flag} {ref}: not in the local cache, and the hub cannot be reached", hint=hint) from error
+    except SafetensorError as error:
+        raise InputError(f"{flag} {ref}: damaged weights: {error}", hint="download or build the model again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        fact = one_line(error)
+        unreachable = isinstance(error, OSError) and "connect" in fact.lower() and not Path(ref).exists()
+        kind: type[DrmError] = MissingError if unreachable else InputError
+        hint = "connect once to download it, or give a folder" if unreachable else LAYOUTS.get(flag, LAYOUTS[""])
+        raise kind(f"{flag} {ref}: cannot be loaded: {fact}", hint=hint) from error
+    except Exception as error:
+        if not is_network(error):
+            raise
+        hint = "connect once to download it, or give a folder"
+        raise MissingError(f"{flag} {ref}: the hub cannot be reached: {one_line(error)}", hint=hint) from error
+
+
+def is_network(error: BaseException | None) -> bool:
+    """Did a connection break, or was there none? The hub's client lets its HTTP library's errors through."""
+    while error is not None:
+        names = [f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(error).__mro__]
+        if isinstance(error, ConnectionError | TimeoutError) or any(
+            n.startswith("httpx") and n.endswith("TransportError") for n in names
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line; its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def quiet_hub():
+    """Keep the notices of the hub's client out of the user's terminal: what matters of them is in the error."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)

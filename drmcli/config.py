@@ -178,7 +178,7 @@ class Bench(Common, Drawing, Data):
     against: str | None = None
     """A second reward model or scorer for a paired test."""
     dataset: str = "shapes"
-    """Dataset or file of preference pairs or rankings."""
+    """Dataset or file of preference pairs or rankings, several with commas between; prompts or geneval for a generator."""
     calibration_split: str | None = None
     """Split where protocols that need a tie threshold choose it, validation_unique of pickapic; None leaves them out."""
     split: str = "test"

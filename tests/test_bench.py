@@ -270,6 +270,32 @@ def test_scorers_beside_on_the_same_pairs(reward_folder: Path, tmp_path: Path, m
     assert red["accuracy"] == pytest.approx(100 * np.mean(right))
 
 
+def test_scorers_by_datasets(reward_folder: Path, tmp_path: Path, drm) -> None:
+    """Two datasets in one command: a run each, and a table of scorers by datasets."""
+    file = ranking(tmp_path / "data", [[1, 2, 3, 4], [4, 3, 2, 1]])
+    flags = [
+        "bench",
+        "--reward",
+        reward_folder,
+        "--scorer",
+        "shapes",
+        "--dataset",
+        f"shapes,{file}",
+        "--pairs",
+        "20",
+        "--sigma",
+        "0.25",
+    ]
+    result = drm(*flags, "--set", "shapes_generated=0", "--out", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    alone = run(reward_folder, tmp_path / "alone", pairs=20, sigmas=[0.25], scorers=["shapes"])
+    assert result.json["datasets"][0]["accuracy"] == alone["accuracy"]
+    assert [set(row) - {"scorer"} for row in result.json["table"]] == [{"shapes", str(file)}] * 2
+    assert result.json["accuracy"] == min(d["accuracy"] for d in result.json["datasets"])
+    assert (tmp_path / "run" / "ranking" / "pairs.parquet").exists()
+    assert "100.00 %" in drm(*flags, "--set", "shapes_generated=0", "--out", tmp_path / "run").out
+
+
 def test_scorers_alone(tmp_path: Path) -> None:
     summary = run(Path("none"), tmp_path / "run", pairs=20, scorers=["shapes"])
     assert summary["reward"] == "shapes"

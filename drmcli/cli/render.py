@@ -112,6 +112,16 @@ def generator(s: dict[str, Any]) -> None:
 def bench(s: dict[str, Any]) -> None:
     from drmcli.plots import text_plot
 
+    console = stdout()
+    if "datasets" in s:
+        names = [part["dataset"] for part in s["datasets"]]
+        made = table("accuracy by each dataset's own protocol, 95 % interval", "", *names)
+        for row in s["table"]:
+            cells = [f"{row[n]['accuracy']:.2f} % ({row[n]['ci95'][0]:.1f} to {row[n]['ci95'][1]:.1f})" for n in names]
+            made.add_row(row["scorer"], *cells)
+        console.print(made)
+        console.print(f"every convention, breakdown and picture is in the folders of {s['run']}", markup=False)
+        return None
     if "tasks" in s:
         return geneval(s)
     if "diversity" in s:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,8 @@ class Opinion:
 
 def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
     """Measure reward models and scorers on the same pairs, or a generator. Returns what summary.json holds."""
+    if "," in config.dataset:
+        return run_many(config, reporter)
     if generated.wanted(config):
         return generated.run(config, reporter)
     refs = list(dict.fromkeys(r for r in (config.reward, *config.scorers, config.against) if r and r != "none"))
@@ -109,6 +112,49 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
             calibration_plot(folder.folder / "calibration.png", summary["calibration"], title=config.dataset)
             shutil.rmtree(folder.folder / "partial", ignore_errors=True)
         return folder.finish(summary)
+
+
+def run_many(config: Bench, reporter: Reporter) -> dict[str, Any]:
+    """Several datasets, each a run of its own inside the folder, and one table of scorers by datasets.
+
+    `--data-dir` holds a folder for each that is named like it, where there is one. `accuracy` is the lowest of the first scorer's.
+    """
+    names = [name.strip() for name in config.dataset.split(",") if name.strip()]
+    with open_run("bench", config, reporter) as folder:
+        if folder.finished:
+            folder.note(f"{folder.folder} is finished; --overwrite measures again")
+            return folder.finished
+        parts = []
+        for name in names:
+            inner = Path(config.data_dir) / name if config.data_dir else None
+            flags: dict[str, Any] = {"dataset": name, "out": str(folder.folder / Path(name).stem)}
+            flags |= {"data_dir": str(inner)} if inner is not None and inner.is_dir() else {}
+            part = run(replace(config, **flags), generated.Part(reporter, name))
+            if "protocol" not in part:
+                raise InputError(f"--dataset {config.dataset}: {name} is of generators", hint="measure it by itself")
+            parts.append(part)
+        scorers = [row["scorer"] for row in parts[0]["scorers"]]
+        table = [
+            {"scorer": ref}
+            | {
+                part["dataset"]: {k: row[k] for k in ("accuracy", "ci95", "images_per_second", "peak_memory_gib")}
+                for part in parts
+                for row in part["scorers"]
+                if row["scorer"] == ref
+            }
+            for ref in scorers
+        ]
+        shared = ("seed", "device", "dtype", "reward", "noise_samples")
+        return folder.finish(
+            {k: parts[0][k] for k in shared}
+            | {
+                "seconds": round(time.monotonic() - folder.started, 2),
+                "dataset": config.dataset,
+                "accuracy": min(part["accuracy"] for part in parts),
+                "datasets": parts,
+                "table": table,
+            }
+        )
 
 
 class _Bench:

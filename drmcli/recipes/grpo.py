@@ -599,13 +599,19 @@ class Aligner:
                         sigma_next=visit.sigma_next, candidate=k, score=reward, advantage=advantages[i][k],
                         log_prob=self._log_prob(visit, i, k), kept=bool(visit.kept[i, k]),
                     )  # fmt: skip
+        pictures = sum(len(v.rewards.flatten()) for v in rollouts.visits)
+        judge = {"judge": self.history[-1]["judge"]} if self.judge else {}
         self.folder.reporter.progress(
             "align",
             self.update,
             self.config.updates,
             reward=shown["reward_mean"],
+            **judge,
             spread=shown["group_std"],
+            ratio=shown["ratio"],
+            clipped=shown["clip_fraction"],
             kl=shown["kl"],
+            **{"images/s": pictures / max(seconds, 1e-9)},
         )
 
     def _log_prob(self, visit: Visit, i: int, k: int) -> float:

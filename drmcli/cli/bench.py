@@ -16,8 +16,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME|PATH",
-            help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file of pairs, several with commas between; for a generator geneval, shapes-prompts, or a"
-            " file of prompts.",
+            help="shapes, hpdv2, hpdv3, pickapic, imagereward, or a file of pairs, several with commas between;"
+            " for a generator geneval, shapes-prompts, or a file of prompts.",
         ),
     ] = None,
     scorers: Annotated[

@@ -181,8 +181,8 @@ class Bench(Common, Drawing, Data):
     """Dataset or file of preference pairs or rankings, several with commas between; prompts or geneval for a generator."""
     calibration_split: str | None = None
     """Split where protocols that need a tie threshold choose it, validation_unique of pickapic; None leaves them out."""
-    split: str = "test"
-    """Split of the dataset."""
+    split: str | None = None
+    """Split of the dataset; None is the one that is benched: test, and test_unique of pickapic."""
     sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1)
     """Noise levels to score at; the first is the headline."""
     noise_samples: Positive = 1

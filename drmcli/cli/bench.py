@@ -32,7 +32,9 @@ def bench(
     against: Annotated[
         str | None, typer.Option(metavar="REF", help="A second reward model or scorer, for a paired test.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset (default: test).")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the dataset (default: test; test_unique of pickapic).")
+    ] = None,
     data_dir: o.DataDir = None,
     calibration_split: Annotated[
         str | None, typer.Option(help="Split where PickScore's tie threshold is chosen: validation_unique of pickapic.")

@@ -19,6 +19,7 @@ import torch
 
 from drmcli import results
 from drmcli.config import Bench
+from drmcli.datasets import DATASETS
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.images import BadImage, load_image
@@ -166,9 +167,10 @@ class _Bench:
         self.dtype = pick_dtype(config.dtype, self.device)
         self.drawer = LazyGenerator.of(config, self.device)
 
-    def data(self, split: str) -> Preferences:
-        """The pairs of a split; pictures of `shapes` are drawn by the generator that is named."""
+    def data(self, split: str | None) -> Preferences:
+        """The pairs of a split, the one to bench for None; pictures of `shapes` are drawn by the generator that is named."""
         config = self.config
+        split = split or (DATASETS[config.dataset].default_split if config.dataset in DATASETS else "test")
         prompts = None if config.pairs is None else -(-config.pairs // 5)
         data = load_preferences(
             config.dataset, split, config, self.drawer, self.folder.reporter, flag="--dataset", prompts=prompts
@@ -382,7 +384,7 @@ def summarize(config: Bench, data: Preferences, opinions: list[Opinion], calibra
     beside = [compare(config, o, data, plain, tables[0]) for o in opinions]
     return {
         "dataset": config.dataset,
-        "split": config.split,
+        "split": data.split,
         "protocol": protocol,
         "sigma": first.sigmas[0],
         "n_prompts": head.n_prompts,

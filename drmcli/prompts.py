@@ -8,6 +8,8 @@ from typing import Any
 
 from drmcli.errors import InputError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
 
 def read_prompts(path: str | Path, *, flag: str = "--prompts") -> list[str]:
     """The prompts of a file, in its order, doubles included.
@@ -53,7 +55,11 @@ def _prompt(entry: Any, number: int, path: Path, flag: str) -> str:
 
 
 def holds_prompts_only(path: str | Path) -> bool:
-    """Is this a file of prompts, and not of preference pairs? By its ending, and by the columns of its first entry."""
+    """Is this a file of prompts, and not of preferences? By its ending, and by its first entry, which must name no picture.
+
+    Any picture rules it out, whatever its column: lists as HPDv2 and ImageReward publish them, and pairs with a column misspelt,
+    would else be drawn anew in place of being measured or refused.
+    """
     path = Path(path)
     if path.suffix == ".txt":
         return path.is_file()
@@ -64,6 +70,10 @@ def holds_prompts_only(path: str | Path) -> bool:
         first = json.loads(text)[0] if path.suffix == ".json" else json.loads(text.lstrip().splitlines()[0])
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return False
-    return isinstance(first, str) or (
-        isinstance(first, dict) and "prompt" in first and not {"chosen", "images"} & first.keys()
-    )
+    return isinstance(first, str) or (isinstance(first, dict) and "prompt" in first and not _names_picture(first))
+
+
+def _names_picture(entry: dict[str, Any]) -> bool:
+    values = [v for k, v in entry.items() if k != "prompt"]
+    texts = [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, str)]
+    return bool({"chosen", "images"} & entry.keys()) or any(t.lower().endswith(PICTURES) for t in texts)

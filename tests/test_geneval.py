@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from drmcli.config import resolve
-from drmcli.detect import Mask2Former, ShapesDetector
+from drmcli.detect import SIZE, Mask2Former, ShapesDetector
 from drmcli.errors import InputError, Interrupted, MissingError
 from drmcli.geneval import TASKS, Clause, Detection, Item, evaluate, read_metadata, relations, summarize
 from drmcli.prompts import holds_prompts_only, read_prompts
@@ -216,17 +216,20 @@ def models(tmp_path_factory: pytest.TempPathFactory, generator_folder: Path) -> 
 
 def test_mask2former_against_its_own_outputs(models: tuple[Path, Path]) -> None:
     """Scores, boxes and masks of the detections, computed a second time query by query."""
-    finder = Mask2Former(str(models[0]), str(models[1]), device=torch.device("cpu"), dtype=torch.float32)
+    finder = Mask2Former(str(models[0]), str(models[1]), device=torch.device("cpu"), least=0)
     assert finder.labels == ["dog", "computer mouse", "cat"]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8))
-    found = finder.detect([picture, picture.rotate(90)])[0]
+    found = finder.detect([picture, picture.rotate(180)])[0]
     with torch.no_grad():
-        out = finder.model(finder.processor(images=[picture], return_tensors="pt")["pixel_values"])
+        inputs = finder.processor(images=[picture], size=SIZE, return_tensors="pt")["pixel_values"]
+        out = finder.model(inputs)
+    assert min(inputs.shape[2:]) == 800
     by_hand = {}
     for q in range(5):
-        mask = torch.nn.functional.interpolate(out.masks_queries_logits[:, q : q + 1], size=(48, 40), mode="bilinear")[
-            0, 0
-        ]
+        mask = out.masks_queries_logits[:, q : q + 1]
+        for size in (inputs.shape[2:], (48, 40)):
+            mask = torch.nn.functional.interpolate(mask, size=size, mode="bilinear")
+        mask = mask[0, 0]
         if not (mask > 0).any():
             continue
         sure = float(mask[mask > 0].sigmoid().mean())
@@ -245,7 +248,7 @@ def test_mask2former_against_its_own_outputs(models: tuple[Path, Path]) -> None:
 
 def test_a_detector_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="--detector"):
-        Mask2Former(str(tmp_path / "none"), "x/y", device=torch.device("cpu"), dtype=torch.float32)
+        Mask2Former(str(tmp_path / "none"), "x/y", device=torch.device("cpu"))
 
 
 def flags(out: Path, **more: object) -> object:

@@ -25,11 +25,11 @@ from PIL import Image
 
 from drmcli import results
 from drmcli.config import Bench, package_path, resolve
-from drmcli.detect import load_detector
-from drmcli.errors import InputError, MissingError
+from drmcli.detect import check_labels, load_detector
+from drmcli.errors import InputError, MissingError, RunError
 from drmcli.generator import DTYPES, Generator, pick_device, pick_dtype
 from drmcli.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
-from drmcli.images import FileImage, load_image
+from drmcli.images import BadImage, FileImage, load_image
 from drmcli.preferences import text_id
 from drmcli.prompts import holds_prompts_only, read_prompts
 from drmcli.recipes import sample
@@ -60,7 +60,7 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         found = (
-            run_geneval(config, folder, device, dtype)
+            run_geneval(config, folder, device)
             if config.dataset == "geneval"
             else run_prompts(config, folder, device, dtype)
         )
@@ -71,8 +71,8 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
                 "dtype": {v: k for k, v in DTYPES.items()}[dtype],
                 "seconds": round(time.monotonic() - folder.started, 2),
                 "dataset": config.dataset,
-                "generator": config.generator,
-                "lora": config.lora,
+                "generator": None if config.images else config.generator,
+                "lora": None if config.images else config.lora,
             }
             | found
         )
@@ -272,8 +272,8 @@ class Shown:
     path: Path
 
 
-def run_geneval(config: Bench, folder: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Draw (or take) pictures, find objects, count by GenEval's rules."""
+def run_geneval(config: Bench, folder: Run, device: torch.device) -> dict[str, Any]:
+    """Draw (or take) pictures, find objects, count by GenEval's rules. A picture that cannot be read leaves every denominator."""
     if config.images:
         shown = list(existing(Path(config.images)))
     else:
@@ -282,29 +282,49 @@ def run_geneval(config: Bench, folder: Run, device: torch.device, dtype: torch.d
             config, folder, [item.prompt for item in items], "geneval", config.lora and lora_folder(config.lora)
         )
         shown = list(lay_out(folder, items, summary["images"], config.num_images))
-    detector = load_detector(config.detector, config.color_model, device=device, dtype=dtype)
+    detector = load_detector(config.detector, config.color_model, device=device)
+    check_labels(detector, [c.label for s in shown for c in (*s.item.include, *s.item.exclude)])
     parts = results.Parts(folder.folder / "partial" / "geneval", "geneval", folder.id)
     size = config.batch_size
     done = sum(1 for _ in parts.folder.glob("part-*.parquet")) * size
     with Interruptions() as interruptions:
         for start in range(done, len(shown), size):
             some = shown[start : start + size]
-            pictures = _load([str(s.path) for s in some])
-            for s, picture, seen in zip(some, pictures, detector.detect(pictures)):
-                correct, reason = evaluate(s.item, seen, partial(detector.colors, picture))
-                parts.add(
-                    item=s.number, image=s.image, task=s.item.tag, prompt=s.item.prompt, path=str(s.path), correct=correct, reason=reason
-                )  # fmt: skip
+            read: list[tuple[Shown, Image.Image]] = []
+            for s in some:
+                try:
+                    read.append((s, _load([str(s.path)])[0]))
+                except BadImage as error:
+                    _row(parts, s, None, f"cannot be read: {error.reason}")
+            found = detector.detect([picture for _, picture in read]) if read else []
+            for (s, picture), seen in zip(read, found):
+                _row(parts, s, *evaluate(s.item, seen, partial(detector.colors, picture)))
             parts.flush(start // size)
             folder.reporter.progress("evaluate", min(start + size, len(shown)), len(shown))
             if interruptions.asked and start + size < len(shown):
                 raise interruptions.stop(f"{start + size} of {len(shown)} pictures are evaluated in {folder.folder}")
     table = results.read(parts.folder)
     results.write(folder.folder / "geneval.parquet", "geneval", table, folder.id)
+    lost, table = table[table["correct"].isna()], table[table["correct"].notna()]
+    if 100 * len(lost) > config.max_bad * len(shown) or not len(table):
+        raise RunError(
+            f"--images: {len(lost)} of {len(shown)} pictures cannot be read, the first is {lost['path'].iloc[0]}",
+            hint="mend them, or raise --max-bad",
+        )
+    if len(lost):
+        folder.warn(f"left out {len(lost)} pictures that cannot be read, the first is {lost['path'].iloc[0]}")
     shutil.rmtree(folder.folder / "partial")
-    found = summarize(table["task"].tolist(), table["item"].tolist(), table["correct"].tolist())
-    missing = [task for task in TASKS if task not in {t["task"] for t in found["tasks"]}]
-    return found | {"split": None, "accuracy": found["overall"], "detector": detector.name, "tasks_left_out": missing}
+    counted = summarize(table["task"].tolist(), table["item"].tolist(), table["correct"].astype(bool).tolist())
+    missing = [task for task in TASKS if task not in {t["task"] for t in counted["tasks"]}]
+    return counted | {
+        "split": None, "accuracy": counted["overall"], "detector": detector.name, "tasks_left_out": missing, "n_skipped": len(lost),
+    }  # fmt: skip
+
+
+def _row(parts: results.Parts, s: Shown, correct: bool | None, reason: str) -> None:
+    parts.add(
+        item=s.number, image=s.image, task=s.item.tag, prompt=s.item.prompt, path=str(s.path), correct=correct, reason=reason
+    )  # fmt: skip
 
 
 def items_of(config: Bench) -> list[Item]:
@@ -333,7 +353,9 @@ def lay_out(folder: Run, items: list[Item], images: list[dict[str, Any]], each: 
                     try:
                         os.link(row["path"], target)
                     except OSError:  # another file system, or one without links
-                        shutil.copyfile(row["path"], target)
+                        part = target.with_name(f".{target.name}.part")  # a copy cut short must not be taken for one
+                        shutil.copyfile(row["path"], part)
+                        part.replace(target)
                 yield Shown(number, item, i, target)
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from drmcli import results
-from drmcli.config import Bench
+from drmcli.config import Bench, local_or_hub
 from drmcli.datasets import DATASETS
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
@@ -79,6 +79,11 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
     refs = list(dict.fromkeys(r for r in (config.reward, *config.scorers, config.against) if r and r != "none"))
     if not refs:
         raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
+    for ref in refs:  # before minutes of drawing and encoding
+        if not is_scorer(ref):
+            local_or_hub(
+                ref, "--reward" if ref == config.reward else "--against" if ref == config.against else "--scorer"
+            )
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")

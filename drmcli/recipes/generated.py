@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 
 from drmcli import results
 from drmcli.config import Bench, package_path, resolve
@@ -254,6 +254,7 @@ def side_by_side(folder: Run, drawn: dict[str, dict[str, Any]], n: int) -> None:
         for row in rows
         for t in row
     ]
+    tiles = [ImageOps.expand(t, border=2, fill="#c8ccd0") for t in tiles]
     with guarded(folder.folder):
         make_image_grid(tiles, len(rows), len(rows[0])).save(folder.folder / "before_after.png")
 

@@ -29,7 +29,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -789,6 +789,7 @@ class Aligner:
         tiles = [e.images[i * n] for e in (before, after) for i in range(min(8, len(before.images) // n))]
         small = tiles[0].width < 128
         tiles = [t.resize((128, 128), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS) for t in tiles]
+        tiles = [ImageOps.expand(t, border=2, fill="#c8ccd0") for t in tiles]
         make_image_grid(tiles, 2, len(tiles) // 2).save(self.folder.path("before_after.png"))
 
 

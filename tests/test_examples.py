@@ -1,0 +1,92 @@
+"""The examples and the README's Python run, small."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from drmcli.datasets import read
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *args: object, monkeypatch: pytest.MonkeyPatch) -> dict:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_scores_from_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three pictures for one caption; what was asked for comes first at the clean level."""
+    run("score_in_python.py", monkeypatch=monkeypatch)
+    clean = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(clean) == 3
+    assert max(clean) == clean[0]
+
+
+def test_stepwise_in_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("stepwise_in_diffusers.py", monkeypatch=monkeypatch)
+    with Image.open("stepwise.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_readme_python(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    whole = [block for block in blocks if "import" in block]
+    assert whole
+    for block in whole:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
+
+
+def test_comparison_of_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [tmp_path, "--prompts", 2, "--seeds", 2, "--only", "k=2 CPS a=0.9"]
+    run("compare_sampling.py", *args, monkeypatch=monkeypatch)
+    rows = pd.read_parquet(tmp_path / "comparison-guidance-1.parquet").set_index("way")
+    assert len(rows) == 3
+    # 10 steps, 9 of them with 2 candidates for 2/3 of a generator's cost each, and the final score.
+    assert rows.loc["step-wise k=2 CPS a=0.9", "cost"] == pytest.approx(10 + (18 + 1) * 2 / 3)
+    assert "best-of-3 ODE" in capsys.readouterr().out
+
+
+def test_times_of_the_comparison_of_alignment() -> None:
+    """A judge of 0.5, 0.7, 0.6 at 0, 10 and 20 seconds: 0.6 is reached half-way to the second point, 0.8 never."""
+    made = runpy.run_path(str(ROOT / "examples" / "compare_alignment.py"), run_name="example")
+    summary = {"history": [{"seconds": s, "judge": j} for s, j in ((0, 0.5), (10, 0.7), (20, 0.6))]}
+    assert made["reached"](summary, 0.6) == pytest.approx(5)
+    assert made["reached"](summary, 0.5) == 0
+    assert made["reached"](summary, 0.8) == float("inf")
+    assert made["at_time"](summary, 15) == pytest.approx(0.65)
+
+
+def test_the_dataset_of_the_overhead_is_in_the_published_layout(tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "examples" / "overhead.py"), run_name="example")
+    made["write_hpdv2"](tmp_path / "hpdv2", prompts=3)
+    data = read("hpdv2", data_dir=tmp_path / "hpdv2")
+    assert (len(data.prompts), len(data.images), len(data)) == (3, 27, 3 * 36)
+
+
+def test_configs_of_the_memory_plan(tmp_path: Path) -> None:
+    """SD3.5-Medium: 2.24 billion parameters and a buffer of 0.23 billion positions, 2.5 in all; 2.0 in 21 of its 24 blocks."""
+    from drmcli.config import resolve
+    from drmcli.recipes import grpo, train_reward
+
+    made = runpy.run_path(str(ROOT / "examples" / "plan_sd35.py"), run_name="example")
+    made["write_configs"](tmp_path)
+    flags = {"generator": str(tmp_path / "sd35"), "dtype": "bf16"}
+    memory = train_reward.plan(resolve("train-reward", preset="sd35-medium", flags=flags))["memory"]
+    assert memory["parameters"] - memory["trained"] == pytest.approx(2.0e9, rel=0.02)
+    aligned = resolve(
+        "grpo", preset="sd35-medium", flags=flags | {"reward": str(tmp_path / "reward"), "prompts": "shapes"}
+    )
+    memory = grpo.plan(aligned)["memory"]
+    assert memory["parameters"] - memory["trained"] == pytest.approx(2.243e9, rel=0.001)
+    assert memory["total_checkpointed"] < 24 * 2**30
+    assert "text_encoder_3" not in memory["beside"]

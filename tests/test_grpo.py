@@ -369,7 +369,8 @@ def test_memory_plan_is_what_an_update_uses(tmp_path: Path, config, train: str, 
     policy = a.generator.transformer
     grads = size(p.grad for p in a.trained if p.grad is not None)
     moments = size(t for s in a.optimizer.state.values() for t in s.values())
-    used = size(policy.parameters()) + size(policy.buffers()) + grads + moments + kept.total
+    average = size(a.ema.shadow_params) if a.ema is not None else 0
+    used = size(policy.parameters()) + size(policy.buffers()) + grads + moments + average + kept.total
     planned = memory["total_checkpointed" if checkpointed else "total"] - sum(memory["beside"].values())
     blocks = len(policy.transformer_blocks)
     again = memory["activations"] // blocks if checkpointed else 0  # one block lives again while it is recomputed

@@ -28,7 +28,7 @@ from drmcli.preferences import Preferences
 from drmcli.published import published
 from drmcli.recipes import generated
 from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
-from drmcli.reward import RewardModel
+from drmcli.reward import RewardModel, read_config
 from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
@@ -80,10 +80,9 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
     if not refs:
         raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
     for ref in refs:  # before minutes of drawing and encoding
-        if not is_scorer(ref):
-            local_or_hub(
-                ref, "--reward" if ref == config.reward else "--against" if ref == config.against else "--scorer"
-            )
+        flag = "--reward" if ref == config.reward else "--against" if ref == config.against else "--scorer"
+        if not is_scorer(ref) and Path(where := local_or_hub(ref, flag)).is_dir():
+            read_config(Path(where), f"{flag} {ref}")
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")

@@ -28,7 +28,7 @@ from drmcli.preferences import Preferences
 from drmcli.published import published
 from drmcli.recipes import generated
 from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
-from drmcli.reward import RewardModel, read_config
+from drmcli.reward import RewardModel
 from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
@@ -80,14 +80,15 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
     if not refs:
         raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
     for ref in refs:  # before minutes of drawing and encoding
-        flag = "--reward" if ref == config.reward else "--against" if ref == config.against else "--scorer"
-        if not is_scorer(ref) and Path(where := local_or_hub(ref, flag)).is_dir():
-            read_config(Path(where), f"{flag} {ref}")
+        if not is_scorer(ref):
+            local_or_hub(ref, flag_of(config, ref))
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")
             return folder.finished
         bench = _Bench(config, folder)
+        if not is_scorer(refs[0]):
+            bench.load(refs[0])  # what is wrong with it should not come out after minutes of drawing and encoding
         data = bench.data(config.split)
         with Interruptions() as interruptions:
             opinions = [bench.ask(ref, data, i, interruptions) for i, ref in enumerate(refs)]
@@ -162,6 +163,11 @@ def run_many(config: Bench, reporter: Reporter) -> dict[str, Any]:
         )
 
 
+def flag_of(config: Bench, ref: str) -> str:
+    """The flag that named a model."""
+    return "--reward" if ref == config.reward else "--against" if ref == config.against else "--scorer"
+
+
 class _Bench:
     """One run: where it computes, and what its opinions share."""
 
@@ -170,6 +176,7 @@ class _Bench:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.drawer = LazyGenerator.of(config, self.device)
+        self._loaded: tuple[str, RewardModel] | None = None
 
     def data(self, split: str | None) -> Preferences:
         """The pairs of a split, the one to bench for None; pictures of `shapes` are drawn by the generator that is named."""
@@ -181,25 +188,33 @@ class _Bench:
         )
         return data if config.pairs is None else first_pairs(data, config.pairs)
 
+    def load(self, ref: str) -> RewardModel:
+        """A reward model; the last one that was asked for is kept."""
+        if self._loaded is None or self._loaded[0] != ref:
+            config = self.config
+            self._loaded = None  # its memory goes before the next is loaded
+            model = RewardModel.from_pretrained(
+                ref, device=self.device, dtype=self.dtype, attention=config.attention, flag=flag_of(config, ref)
+            )
+            self._loaded = ref, model
+        return self._loaded[1]
+
     def ask(self, ref: str, data: Preferences, number: int, interruptions: Interruptions, part: str = "") -> Opinion:
         """One model's scores of every picture, going on from an interrupted run's part files."""
         config, folder = self.config, self.folder
-        flag = "--reward" if number == 0 and ref == config.reward else "--scorer"
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         score: Callable[[np.ndarray], np.ndarray]
         bad: list[str] = []
         if is_scorer(ref):
-            model, sigmas = load_scorer(ref, device=self.device, dtype=self.dtype, flag=flag), [0.0]
+            model, sigmas = load_scorer(ref, device=self.device, dtype=self.dtype, flag=flag_of(config, ref)), [0.0]
             scorer = PairScorer(IndexedPairs(data))
 
             def score(index: np.ndarray) -> np.ndarray:
                 return _score_pictures(model, ref, scorer, index, bad)[:, None]
 
         else:
-            reward = RewardModel.from_pretrained(
-                ref, device=self.device, dtype=self.dtype, attention=config.attention, flag=flag
-            )
+            reward = self.load(ref)
             same = reward.config.base_model == config.generator
             base = self.drawer if same else LazyGenerator.of_reward(reward, self.dtype, self.device)
             sigmas = config.sigmas

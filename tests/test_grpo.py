@@ -245,6 +245,15 @@ def test_the_alarm_stops_and_keeps_the_best(tmp_path: Path, config, monkeypatch:
     assert digest(tmp_path, "lora") != digest(tmp_path, "lora-last")
 
 
+def test_conditioning_does_not_depend_on_what_was_asked_before(tmp_path: Path, config) -> None:
+    """Bit for bit: a resumed run asks for other prompts first than the unbroken one did."""
+    one, other = (aligner(config(tmp_path), tmp_path / name) for name in ("a", "b"))
+    texts = one.prompts["train"][:20]
+    whole, _ = one.cond(texts)
+    for i in (3, 17):
+        assert torch.equal(whole.prompt_embeds[i : i + 1], other.cond([texts[i]])[0].prompt_embeds)
+
+
 def test_time_is_up(tmp_path: Path, config) -> None:
     assert align(config(tmp_path, updates=500, max_time=0.02, eval_every=0, save_every=0))["updates"] < 500
 

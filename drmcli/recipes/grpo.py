@@ -257,14 +257,11 @@ class Aligner:
 
     def cond(self, texts: Sequence[str]) -> tuple[PromptEmbeds, list[PromptEmbeds]]:
         """Conditioning for the generator and for each reward model; each text is encoded once."""
-        fresh = [t for t in dict.fromkeys(texts) if t not in self.embeds]
-        for i in range(0, len(fresh), 64):
-            some = fresh[i : i + 64]
-            ours = self.generator.encode_prompts(some)
-            theirs = self.rewards.encode(some, ours, self.config.generator)
-            for j, text in enumerate(some):
-                self.embeds[text] = ours[j : j + 1]
-                self.reward_embeds[text] = [t[j : j + 1] for t in theirs]
+        # One by one: in a batch the last bits depend on the company, and so on where a run was taken up again.
+        for text in texts:
+            if text not in self.embeds:
+                own = self.embeds[text] = self.generator.encode_prompts([text])
+                self.reward_embeds[text] = self.rewards.encode([text], own, self.config.generator)
         many = [self.reward_embeds[t] for t in texts]
         return stacked([self.embeds[t] for t in texts]), [stacked(list(one)) for one in zip(*many)]
 

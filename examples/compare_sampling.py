@@ -23,9 +23,9 @@ from rich.table import Table
 
 from drmcli.config import resolve
 from drmcli.generator import Generator
+from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
-from drmcli.stats import mean_ci, paired_ci
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from drmcli.config import resolve
+from drmcli.data.images import load_image
 from drmcli.flow import add_noise
 from drmcli.generator import Generator, PromptEmbeds
-from drmcli.images import load_image
 from drmcli.recipes import bench, grpo, train_reward
 from drmcli.recipes.pairs import LazyGenerator, encode_pairs, first_pairs, load_preferences
 from drmcli.results import read

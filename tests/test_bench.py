@@ -17,13 +17,13 @@ from conftest import write_pairs
 from safetensors.torch import save_file
 
 from drmcli.config import resolve
+from drmcli.data.preferences import Preferences
 from drmcli.errors import Interrupted, RunError
-from drmcli.preferences import Preferences
+from drmcli.measure.protocols import Pairs
 from drmcli.recipes import bench
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Silent
-from drmcli.stats import Pairs
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import write_pairs
 
-from drmcli import cache
-from drmcli.datasets import read_file
+from drmcli.data import cache
+from drmcli.data.datasets import read_file
+from drmcli.data.images import BytesImage
 from drmcli.generator import Generator
-from drmcli.images import BytesImage
 from drmcli.run import Silent
 
 
@@ -64,7 +64,7 @@ def test_everything_is_encoded_once(generator: Generator, tmp_path: Path, monkey
 
 
 def test_cached_is_what_the_encoder_gives(generator: Generator, tmp_path: Path) -> None:
-    from drmcli.images import load_image
+    from drmcli.data.images import load_image
 
     data = read_file(write_pairs(tmp_path / "data", 3))
     encoded = encode(generator, data.images, data.prompts, tmp_path / "cache")

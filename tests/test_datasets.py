@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from drmcli import archives, datasets, published_layouts
-from drmcli.datasets import BadImage, Preferences, check, load_image, mix, overlap, read, read_file
+from drmcli.data import archives, datasets, published_layouts
+from drmcli.data.datasets import BadImage, Preferences, check, load_image, mix, overlap, read, read_file
+from drmcli.data.images import ArrayImage, BytesImage, FileImage, ImageSource
 from drmcli.errors import InputError, MissingError, RunError
-from drmcli.images import ArrayImage, BytesImage, FileImage, ImageSource
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field effect"

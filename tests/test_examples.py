@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from drmcli.datasets import read
+from drmcli.data.datasets import read
 
 ROOT = Path(__file__).parents[1]
 

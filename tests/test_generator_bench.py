@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from drmcli.config import resolve
-from drmcli.detect import RENAMED, Mask2Former, ShapesDetector, check_labels
+from drmcli.data.prompts import holds_prompts_only
 from drmcli.errors import InputError, Interrupted
-from drmcli.geneval import COLORS, TASKS, Clause, Detection, Item, evaluate, read_metadata, summarize
-from drmcli.prompts import holds_prompts_only
+from drmcli.measure.detect import RENAMED, Mask2Former, ShapesDetector, check_labels
+from drmcli.measure.geneval import COLORS, TASKS, Clause, Detection, Item, evaluate, read_metadata, summarize
 from drmcli.recipes import bench
 from drmcli.results import read
 from drmcli.run import Interruptions, Silent

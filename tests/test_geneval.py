@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from drmcli.config import resolve
-from drmcli.detect import SIZE, Mask2Former, ShapesDetector
+from drmcli.data.prompts import holds_prompts_only, read_prompts
 from drmcli.errors import InputError, Interrupted, MissingError
-from drmcli.geneval import TASKS, Clause, Detection, Item, evaluate, read_metadata, relations, summarize
-from drmcli.prompts import holds_prompts_only, read_prompts
+from drmcli.measure.detect import SIZE, Mask2Former, ShapesDetector
+from drmcli.measure.geneval import TASKS, Clause, Detection, Item, evaluate, read_metadata, relations, summarize
 from drmcli.recipes import bench
 from drmcli.results import read
 from drmcli.run import Interruptions, Silent

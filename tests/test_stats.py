@@ -9,9 +9,10 @@ import math
 import numpy as np
 import pytest
 
-from drmcli import published, stats
 from drmcli.errors import InputError
-from drmcli.stats import PROTOCOLS, Pairs, accuracy, all_protocols, mean_ci, paired_ci, paired_difference
+from drmcli.measure import intervals, protocols, published
+from drmcli.measure.intervals import mean_ci, paired_ci
+from drmcli.measure.protocols import PROTOCOLS, Pairs, accuracy, all_protocols, paired_difference
 
 Lists = list[tuple[list[int], list[float]]]
 """(ranks, 1 best; scores) of each prompt's images in list order."""
@@ -304,11 +305,11 @@ def test_nothing_to_count_is_nan_and_bad_input_is_named() -> None:
 
 
 def test_reference_protocols() -> None:
-    assert set(stats.REFERENCE.values()) <= set(PROTOCOLS)
-    assert stats.reference_protocol("pickapic") == "ties-half"
-    assert stats.reference_protocol("pickapic", calibrated=True) == "pickscore-threshold"
-    assert stats.reference_protocol("hpdv2") == "hpdv2"
-    assert stats.reference_protocol("mine.csv") == "strict"
+    assert set(protocols.REFERENCE.values()) <= set(PROTOCOLS)
+    assert protocols.reference_protocol("pickapic") == "ties-half"
+    assert protocols.reference_protocol("pickapic", calibrated=True) == "pickscore-threshold"
+    assert protocols.reference_protocol("hpdv2") == "hpdv2"
+    assert protocols.reference_protocol("mine.csv") == "strict"
 
 
 # Intervals
@@ -318,7 +319,7 @@ def test_reference_protocols() -> None:
     ("df", "point"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (31, 2.03951), (5000, 1.95996)]
 )
 def test_t_quantile_equals_the_printed_table(df: int, point: float) -> None:
-    assert stats.t_quantile(df) == pytest.approx(point, abs=2e-5)
+    assert intervals.t_quantile(df) == pytest.approx(point, abs=2e-5)
 
 
 def outcomes(right: np.ndarray, prompt: np.ndarray) -> Pairs:
@@ -329,7 +330,7 @@ def outcomes(right: np.ndarray, prompt: np.ndarray) -> Pairs:
 
 def test_independent_pairs_give_wilson() -> None:
     """One pair a prompt, 300 of 400 right: se^2 = p(1-p)/(n-1), so Wilson's interval with 399 pairs: 70.5 to 79.0."""
-    p, n, z = 0.75, 399, stats.t_quantile(399)
+    p, n, z = 0.75, 399, intervals.t_quantile(399)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     for name in ("strict", "imagereward-macro"):
@@ -458,15 +459,15 @@ def test_calibration_by_hand() -> None:
     """Two pairs of difference ln 3 (p = 3/4), one right and one wrong, two bins: each bin holds two sides, predicted
     1/4 and 3/4, observed 1/2: error 1/4. Certain and right: no error. A constant model: one half, as observed."""
     pairs = Pairs(np.arange(2), np.array([1, 0]), np.full(2, math.log(3)), np.zeros(2), np.ones(2))
-    curve = stats.calibration_curve(pairs, bins=2)
+    curve = protocols.calibration_curve(pairs, bins=2)
     assert curve.predicted == pytest.approx([0.25, 0.75]) and curve.observed == pytest.approx([0.5, 0.5])
     assert curve.count.tolist() == [2, 2] and curve.ece == pytest.approx(0.25)
-    assert stats.calibration_curve(pairs, temperature=1e9).ece == pytest.approx(0, abs=1e-9)
-    sure = stats.calibration_curve(outcomes(np.full(5, np.inf), np.arange(5)))
+    assert protocols.calibration_curve(pairs, temperature=1e9).ece == pytest.approx(0, abs=1e-9)
+    sure = protocols.calibration_curve(outcomes(np.full(5, np.inf), np.arange(5)))
     assert sure.ece == 0 and sure.count.tolist() == [5, 0, 0, 0, 0, 0, 0, 0, 0, 5] and np.isnan(sure.observed[4])
     for score in (0.0, np.inf):
         constant = Pairs(np.arange(4), np.ones(4), np.full(4, score), np.full(4, score), np.ones(4))
-        assert stats.calibration_curve(constant, bins=5).ece == pytest.approx(0)
+        assert protocols.calibration_curve(constant, bins=5).ece == pytest.approx(0)
 
 
 def test_calibration_of_a_bradley_terry_world() -> None:
@@ -476,9 +477,9 @@ def test_calibration_of_a_bradley_terry_world() -> None:
     difference = rng.normal(size=20000) * 1.5
     label = (rng.random(20000) < 1 / (1 + np.exp(-difference))).astype(float)
     pairs = Pairs(np.arange(20000), label, difference, np.zeros(20000), np.ones(20000))
-    assert stats.calibration_curve(pairs).ece < 0.012
-    assert stats.calibration_curve(pairs, temperature=1 / 3).ece > 0.08
-    curve, swapped = stats.calibration_curve(pairs), stats.calibration_curve(pairs.swapped())
+    assert protocols.calibration_curve(pairs).ece < 0.012
+    assert protocols.calibration_curve(pairs, temperature=1 / 3).ece > 0.08
+    curve, swapped = protocols.calibration_curve(pairs), protocols.calibration_curve(pairs.swapped())
     assert curve.observed == pytest.approx(swapped.observed) and curve.observed == pytest.approx(
         1 - curve.observed[::-1]
     )
@@ -491,7 +492,7 @@ def test_published_figures_are_sound() -> None:
     keys = [(row.model, row.dataset, row.source) for row in published.PUBLISHED]
     assert len(set(keys)) == len(keys)
     for row in published.PUBLISHED:
-        assert row.dataset in stats.REFERENCE and 40 < row.accuracy < 90, row
+        assert row.dataset in protocols.REFERENCE and 40 < row.accuracy < 90, row
         assert row.protocol is None or row.protocol in PROTOCOLS, row
         assert "https://" in row.source or "CVPR" in row.source, row
 

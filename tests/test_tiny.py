@@ -89,7 +89,7 @@ def test_shapes_come_from_the_seed(tmp_path: Path) -> None:
 
 
 def test_held_out_pairs_are_in_the_judges_order(tmp_path: Path) -> None:
-    from drmcli.images import load_image
+    from drmcli.data.images import load_image
 
     data = load("test", tmp_path)
     pixels = np.stack([np.asarray(load_image(i)) for i in data.images])

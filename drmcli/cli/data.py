@@ -21,7 +21,7 @@ def list_datasets(as_json: o.Json = False) -> None:
     """
     from drmcli.cli.output import show_json, stdout
     from drmcli.cli.render import table
-    from drmcli.datasets import DATASETS
+    from drmcli.data.datasets import DATASETS
 
     if as_json:
         show_json({name: {k: v for k, v in vars(d).items() if k != "reader"} for name, d in DATASETS.items()})

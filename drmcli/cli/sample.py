@@ -106,7 +106,7 @@ def sample(
 
 
 def _prompts(prompts: list[str] | None, file: str | None) -> list[str] | None:
-    from drmcli.prompts import read_prompts
+    from drmcli.data.prompts import read_prompts
 
     given = [
         text

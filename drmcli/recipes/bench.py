@@ -19,20 +19,20 @@ import torch
 
 from drmcli import results
 from drmcli.config import Bench, local_or_hub
-from drmcli.datasets import DATASETS
+from drmcli.data.datasets import DATASETS
+from drmcli.data.images import BadImage, load_image
+from drmcli.data.preferences import Preferences
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
-from drmcli.images import BadImage, load_image
+from drmcli.measure.protocols import Pairs, accuracy, all_protocols, calibration_curve, paired_difference
+from drmcli.measure.published import published
 from drmcli.plots import accuracy_by_noise, calibration_plot
-from drmcli.preferences import Preferences
-from drmcli.published import published
 from drmcli.recipes import generated
 from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
 from drmcli.reward import RewardModel
 from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
-from drmcli.stats import Pairs, accuracy, all_protocols, calibration_curve, paired_difference
 
 PART_ITEMS = 2048
 """Pictures scored between two part files."""

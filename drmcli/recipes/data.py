@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
 
-from drmcli.datasets import DATASETS, CheckReport, check, overlap, read
+from drmcli.data.datasets import DATASETS, CheckReport, check, overlap, read
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.hub import explained, is_network, one_line, quiet_hub
 from drmcli.run import Reporter, guarded, write_text

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import constants, get_token
 
-from drmcli.cache import cache_root
 from drmcli.config import resolve
+from drmcli.data.cache import cache_root
 from drmcli.errors import DrmError
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.reward import RewardModel

@@ -25,19 +25,19 @@ from PIL import Image, ImageOps
 
 from drmcli import results
 from drmcli.config import Bench, package_path, resolve
-from drmcli.detect import check_labels, load_detector
+from drmcli.data.images import BadImage, FileImage, load_image
+from drmcli.data.preferences import text_id
+from drmcli.data.prompts import holds_prompts_only, read_prompts
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.generator import DTYPES, Generator, pick_device, pick_dtype
-from drmcli.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
-from drmcli.images import BadImage, FileImage, load_image
-from drmcli.preferences import text_id
-from drmcli.prompts import holds_prompts_only, read_prompts
+from drmcli.measure.detect import check_labels, load_detector
+from drmcli.measure.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
+from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.recipes import sample
 from drmcli.reward import RewardModel
 from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
-from drmcli.stats import mean_ci, paired_ci
 from drmcli.tiny import tasks, world
 
 METADATA = "evaluation_metadata.jsonl"

@@ -34,14 +34,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drmcli.config import Grpo, local_or_hub, package_path
+from drmcli.data.preferences import text_id
+from drmcli.data.prompts import read_prompts as read_prompt_file
 from drmcli.errors import InputError, RunError
 from drmcli.flow import STEP_RULES, Step, kl_divergence, log_ratio, predict_x0
 from drmcli.generator import Generator, PromptEmbeds, load_part, pick_device, pick_dtype
 from drmcli.losses import clipped_policy_loss
+from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.memory import plan_policy
 from drmcli.plots import reward_and_judge
-from drmcli.preferences import text_id
-from drmcli.prompts import read_prompts as read_prompt_file
 from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
@@ -62,7 +63,6 @@ from drmcli.run import (
     write_text,
 )
 from drmcli.sampling import Search, sample
-from drmcli.stats import mean_ci, paired_ci
 from drmcli.tiny import world
 
 RATIO_TOLERANCE = 1e-5

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drmcli import cache
 from drmcli.config import package_path
-from drmcli.datasets import read
+from drmcli.data import cache
+from drmcli.data.datasets import read
+from drmcli.data.preferences import Preferences
 from drmcli.errors import DrmError, InputError, RunError
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
-from drmcli.preferences import Preferences
 from drmcli.reward import RewardModel, score_clean
 from drmcli.run import Reporter, Run, seed_of, write_text
 from drmcli.tiny.shapes import load_shapes

@@ -22,9 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from drmcli import results
 from drmcli.config import Sample
+from drmcli.data.preferences import text_id
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
-from drmcli.preferences import text_id
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.sampling import Calls, Candidates, Samples, Search, sample

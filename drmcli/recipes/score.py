@@ -12,9 +12,9 @@ from torch import Tensor
 
 from drmcli import results
 from drmcli.config import Score
+from drmcli.data.images import FileImage, load_image
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
-from drmcli.images import FileImage, load_image
 from drmcli.reward import RewardModel, score_clean
 from drmcli.run import Reporter, open_run
 

@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drmcli.config import TrainReward, to_dict
+from drmcli.data.preferences import Preferences
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.flow import add_noise
 from drmcli.generator import DTYPES, PromptEmbeds, pick_device, pick_dtype, use_attention
 from drmcli.losses import bradley_terry, thurstone
+from drmcli.measure.protocols import Pairs, accuracy
 from drmcli.memory import plan_training, store_frozen_in
-from drmcli.preferences import Preferences
 from drmcli.recipes.pairs import (
     EncodedPairs,
     LazyGenerator,
@@ -60,7 +61,6 @@ from drmcli.run import (
     seed_of,
     write_text,
 )
-from drmcli.stats import Pairs, accuracy
 from drmcli.tiny.shapes import GROUP
 
 
@@ -182,7 +182,7 @@ def load_data(
 
 def combine(sets: list[Preferences]) -> Preferences:
     """Several sets end to end."""
-    from drmcli.datasets import mix
+    from drmcli.data.datasets import mix
 
     return mix(sets, [float(len(s)) for s in sets], seed=0)
 

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from drmcli.data.images import BytesImage
+from drmcli.data.preferences import Preferences
 from drmcli.generator import Generator
-from drmcli.images import BytesImage
-from drmcli.preferences import Preferences
 from drmcli.run import Reporter, seed_of, write_bytes
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drmcli.geneval import Clause, Item
+from drmcli.measure.geneval import Clause, Item
 from drmcli.tiny import world
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from drmcli.data.images import MAX_PIXELS, BadImage, ImageSource, decode
 from drmcli.errors import InputError
-from drmcli.images import MAX_PIXELS, BadImage, ImageSource, decode
 
 SIDES_SEED = 20230615
 """Draws the sides where a file always lists the preferred picture first."""

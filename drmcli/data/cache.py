@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from drmcli.data.images import BadImage, FileImage, ImageSource, load_image
 from drmcli.errors import InputError, RunError
 from drmcli.generator import Generator, PromptEmbeds
-from drmcli.images import BadImage, FileImage, ImageSource, load_image
 from drmcli.run import Reporter, write_bytes
 
 SHARD = 1024

@@ -20,10 +20,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drmcli.archives import Member, index, stays_inside, unpack
+from drmcli.data.archives import Member, index, stays_inside, unpack
+from drmcli.data.images import FileImage, ImageSource, ParquetImage
+from drmcli.data.preferences import Preferences, assemble, ranked_pairs, text_id
 from drmcli.errors import InputError, MissingError
-from drmcli.images import FileImage, ImageSource, ParquetImage
-from drmcli.preferences import Preferences, assemble, ranked_pairs, text_id
 
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPDV3_MIN_CONFIDENCE = 0.95

@@ -2,7 +2,7 @@
 
 The rules are those of the reference evaluation (github djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py): every
 `include` clause must hold and no `exclude` clause may; only as many of the surest detections of a class are looked at as the clause
-asks for. Finding objects and colours is the business of `drmcli.detect`.
+asks for. Finding objects and colours is the business of `drmcli.measure.detect`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from drmcli.errors import InputError
-from drmcli.stats import mean_ci
+from drmcli.measure.intervals import mean_ci
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

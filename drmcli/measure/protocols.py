@@ -5,29 +5,28 @@ protocol here is a credit in [0, 1] for every pair, a mask of the pairs in the d
 (every pair weighs the same) or macro (every prompt weighs the same). Each is therefore a ratio sum(w credit) / sum(w),
 and one estimator of its error serves them all.
 
-Intervals are analytic rather than a bootstrap: the cluster-robust (sandwich) standard error of that ratio, in the form
-of Wilson's interval. It needs no random numbers, costs one pass, stays inside [0, 100] and holds its coverage for few
-prompts and near 100 %, where a percentile bootstrap is too narrow and a symmetric interval leaves the range.
-
 P pairs, B bins. Accuracies, their intervals and their differences are in percent.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from drmcli.errors import InputError
+from drmcli.measure.intervals import (
+    NAN,
+    Difference,
+    Interval,
+    p_value_of,
+    proportion_ci,
+    ratio_of,
+    unseen_rate,
+)
 
-Interval = tuple[float, float]
-NAN = float("nan")
-Z95 = NormalDist().inv_cdf(0.975)
 THRESHOLDS = np.arange(11) / 10
 """Tie thresholds on |p1 - p0| that PickScore's evaluation tries."""
 
@@ -123,36 +122,6 @@ class Accuracy:
     """Pairs with an image that has no score; in no denominator and in none of the counts above."""
     threshold: float | None = None
     """Tie threshold on |p1 - p0| from the calibration pairs; None where the protocol has none."""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean with its 95 % interval, in the unit of the values."""
-
-    value: float
-    ci95: Interval
-    n: int
-    n_clusters: int
-    n_skipped: int
-    """Values that are NaN."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference a - b: in percent points for accuracies, else in the unit of the values."""
-
-    value: float
-    ci95: Interval
-    p_value: float
-    """Two-sided, of no difference. Rounded to 0 below about 1e-15."""
-    a: float
-    b: float
-    """Each side's own value on the rows that both have."""
-    n: int
-    """Rows (pairs, for accuracies) in the denominator."""
-    n_clusters: int
-    n_skipped: int
-    """Rows that one of the two lacks."""
 
 
 # Protocols: credit [P] in [0, 1] and counted [P] bool, from the pairs and from predicted [P] in {-1, 0, 1}.
@@ -316,8 +285,8 @@ def accuracy(pairs: Pairs, protocol: str, calibration: Pairs | None = None, temp
     kept = pairs.subset(pairs.scored)
     predicted = _predict(kept, threshold, temperature)
     credit, weight = _weigh(chosen, kept, predicted)
-    ratio = _ratio(credit, weight, kept.prompt)
-    low, high = _proportion_ci(ratio)
+    ratio = ratio_of(credit, weight, kept.prompt)
+    low, high = proportion_ci(ratio)
     return Accuracy(
         value=100 * ratio.value,
         ci95=(100 * low, 100 * high),
@@ -381,48 +350,22 @@ def paired_difference(
         credit, weight = _weigh(chosen, kept, _predict(kept, _calibrate(chosen, calibration, temperature), temperature))
         credits.append(credit)
         prompt = kept.prompt
-    ratio = _ratio(credits[0] - credits[1], weight, prompt)
+    ratio = ratio_of(credits[0] - credits[1], weight, prompt)
     # Where every prompt shows the same difference, the interval allows for the share of prompts that could yet deviate.
-    slack = _unseen(ratio.n_clusters) if ratio.se == 0 else ratio.critical * ratio.se
+    slack = unseen_rate(ratio.n_clusters) if ratio.se == 0 else ratio.critical * ratio.se
     low, high = max(ratio.value - slack, -1.0), min(ratio.value + slack, 1.0)
-    a, b = (_ratio(credit, weight, prompt).value for credit in credits)
+    a, b = (ratio_of(credit, weight, prompt).value for credit in credits)
     n_skipped = len(pairs_a) - int(both.sum())
     return Difference(
         100 * ratio.value,
         (100 * low, 100 * high),
-        _p_value(ratio),
+        p_value_of(ratio),
         100 * a,
         100 * b,
         ratio.n,
         ratio.n_clusters,
         n_skipped,
     )
-
-
-def mean_ci(values: np.ndarray, cluster: np.ndarray | None = None) -> Mean:
-    """Mean of the values [N] with a 95 % interval clustered by `cluster` [N]; None: every value is a cluster of its
-    own.
-
-    NaN values are left out and counted. The interval is NaN for a single value, and a point where clusters do not
-    differ.
-    """
-    values, cluster, kept = _rows(values, cluster)
-    ratio = _ratio(values[kept], np.ones(int(kept.sum())), cluster[kept])
-    return Mean(ratio.value, _mean_interval(ratio), ratio.n, ratio.n_clusters, int((~kept).sum()))
-
-
-def paired_ci(a: np.ndarray, b: np.ndarray, cluster: np.ndarray | None = None) -> Difference:
-    """Mean of a - b [N], row by row, with a clustered 95 % interval and p-value: judge scores before and after, say."""
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape:
-        raise InputError(
-            f"paired values: shapes {a.shape} and {b.shape} differ", hint="give the same rows on both sides"
-        )
-    difference, cluster, kept = _rows(a - b, cluster)
-    ratio = _ratio(difference[kept], np.ones(int(kept.sum())), cluster[kept])
-    mean_a, mean_b = (float(side[kept].mean()) if kept.any() else NAN for side in (a, b))
-    interval, n_skipped = _mean_interval(ratio), int((~kept).sum())
-    return Difference(ratio.value, interval, _p_value(ratio), mean_a, mean_b, ratio.n, ratio.n_clusters, n_skipped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -500,122 +443,3 @@ def _weigh(protocol: Protocol, pairs: Pairs, predicted: np.ndarray) -> tuple[np.
         total = np.bincount(group, weight)[group]
         weight = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
     return credit, weight
-
-
-# Errors clustered by prompt
-
-
-@dataclass(frozen=True)
-class _Ratio:
-    """sum(w x) / sum(w) and its cluster-robust standard error."""
-
-    value: float
-    se: float
-    """NaN for a single cluster; exactly 0 where clusters do not differ."""
-    n: int
-    n_clusters: int
-
-    @property
-    def critical(self) -> float:
-        """97.5 % point of Student's t with one degree of freedom fewer than clusters."""
-        return t_quantile(self.n_clusters - 1)
-
-
-def _ratio(values: np.ndarray, weight: np.ndarray, cluster: np.ndarray) -> _Ratio:
-    """Linearised ratio estimator: se^2 = G/(G-1) sum_g (sum_i in g of w_i (x_i - ratio))^2 / (sum w)^2 over G clusters.
-
-    With a single cluster its rows are taken as independent, the only reading that gives an interval; it is too narrow
-    where they are not.
-    """
-    used = weight > 0
-    values, weight = values[used], weight[used]
-    n, total = len(values), weight.sum()
-    if n == 0:
-        return _Ratio(NAN, NAN, 0, 0)
-    value = float((weight * values).sum() / total)
-    names, group = np.unique(cluster[used], return_inverse=True)
-    n_clusters = len(names)
-    if n_clusters == 1:
-        group, n_clusters = np.arange(n), n
-    if n_clusters == 1:
-        return _Ratio(value, NAN, n, 1)
-    residual = np.bincount(group, weight * (values - value))
-    se = math.sqrt(n_clusters / (n_clusters - 1) * float((residual**2).sum())) / total
-    rounding = 1e-12 * float(np.abs(values).max())
-    return _Ratio(value, 0.0 if se <= rounding else float(se), n, n_clusters)
-
-
-def _proportion_ci(ratio: _Ratio) -> Interval:
-    """95 % interval of a proportion in [0, 1]: Wilson's, with the effective sample size p (1 - p) / se^2 and Student's
-    t.
-
-    Where no prompt differs from another (0 % and 100 % among them) the standard error is 0 and says nothing: the bound
-    is then Wilson's for an event not seen in G prompts, z^2 / (G + z^2), on either side.
-    """
-    if ratio.n == 0:
-        return NAN, NAN
-    p = ratio.value
-    if not ratio.se > 0:
-        slack = _unseen(ratio.n_clusters)
-        return max(p - slack, 0.0), min(p + slack, 1.0)
-    n, z = p * (1 - p) / ratio.se**2, ratio.critical
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def _unseen(n: int) -> float:
-    """Wilson's 95 % bound on the rate of what was not seen in n trials; 1 for none."""
-    return Z95**2 / (n + Z95**2)
-
-
-def _mean_interval(ratio: _Ratio) -> Interval:
-    if not math.isfinite(ratio.se):
-        return NAN, NAN
-    return ratio.value - ratio.critical * ratio.se, ratio.value + ratio.critical * ratio.se
-
-
-def _p_value(ratio: _Ratio) -> float:
-    """Two-sided p-value of a ratio of 0 by Student's t; by the sign test where all clusters show the same value."""
-    if math.isnan(ratio.value):
-        return NAN
-    if ratio.value == 0:
-        return 1.0
-    if not ratio.se > 0:
-        return 2.0 ** (1 - ratio.n_clusters)
-    return max(0.0, 1 - t_inside(abs(ratio.value) / ratio.se, ratio.n_clusters - 1))
-
-
-def t_inside(t: float, df: int) -> float:
-    """P(|T| <= t) for Student's t, df >= 1 (Abramowitz and Stegun 26.7.3, 26.7.4); the normal one beyond 2000."""
-    if df > 2000:
-        return 2 * NormalDist().cdf(t) - 1
-    theta = math.atan(t / math.sqrt(df))
-    cos2 = math.cos(theta) ** 2
-    if df % 2:
-        k = np.arange(1, (df - 1) // 2)
-        series = math.cos(theta) * (1 + np.cumprod(2 * k / (2 * k + 1) * cos2).sum()) if df > 1 else 0.0
-        return float(2 / math.pi * (theta + math.sin(theta) * series))
-    k = np.arange(1, df // 2)
-    return float(math.sin(theta) * (1 + np.cumprod((2 * k - 1) / (2 * k) * cos2).sum()))
-
-
-@functools.cache
-def t_quantile(df: int) -> float:
-    """97.5 % point of Student's t: 12.706 for 1 degree of freedom, 2.042 for 30, 1.960 for many."""
-    low, high = 0.0, 13.0
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_inside(middle, df) < 0.95 else (low, middle)
-    return low
-
-
-def _rows(values: np.ndarray, cluster: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values float [N], cluster [N], not NaN bool [N])."""
-    values = np.asarray(values, dtype=float)
-    cluster = np.arange(len(values)) if cluster is None else np.asarray(cluster)
-    if values.ndim != 1 or values.shape != cluster.shape:
-        raise InputError(
-            f"values and clusters: shapes {values.shape} and {cluster.shape} differ", hint="give one cluster a value"
-        )
-    return values, cluster, ~np.isnan(values)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, cast
 
+from drmcli.data.images import ImageSource, TarImage, ZipImage
 from drmcli.errors import InputError, RunError
-from drmcli.images import ImageSource, TarImage, ZipImage
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error)
 

@@ -25,11 +25,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drmcli.archives import stays_inside
+from drmcli.data.archives import stays_inside
+from drmcli.data.images import BadImage, BytesImage, FileImage, ImageSource, ParquetImage, load_image, parquet_cells
+from drmcli.data.preferences import (
+    CheckReport,
+    Overlap,
+    Preferences,
+    assemble,
+    check,
+    mix,
+    overlap,
+    ranked_pairs,
+    text_id,
+)
+from drmcli.data.published_layouts import DATASETS, Published, read_hpdv2, read_hpdv3, read_imagereward, read_pickapic
 from drmcli.errors import InputError, MissingError
-from drmcli.images import BadImage, BytesImage, FileImage, ImageSource, ParquetImage, load_image, parquet_cells
-from drmcli.preferences import CheckReport, Overlap, Preferences, assemble, check, mix, overlap, ranked_pairs, text_id
-from drmcli.published_layouts import DATASETS, Published, read_hpdv2, read_hpdv3, read_imagereward, read_pickapic
 
 __all__ = [
     "DATASETS", "BadImage", "CheckReport", "ImageSource", "Overlap", "Preferences", "Published", "check", "load_image",

@@ -23,7 +23,7 @@ class Published:
     source: str
     """Where it stands."""
     protocol: str | None
-    """Name in `stats.PROTOCOLS` of how it was counted, by the code or text of its source; None: the source does not
+    """Name in `protocols.PROTOCOLS` of how it was counted, by the code or text of its source; None: the source does not
     say."""
     note: str = ""
     """What else keeps it from being compared."""

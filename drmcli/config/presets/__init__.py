@@ -1,0 +1,1 @@
+"""Presets: YAML files read by `drmcli.config.resolve`."""

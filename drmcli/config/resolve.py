@@ -1,0 +1,201 @@
+"""Configs resolved in one order: defaults < preset < config file < `--set` < flag.
+
+A preset is a YAML file of `drmcli/config/presets`: a section `common` and one a command, with only what differs from the
+defaults. Unknown keys, unknown names and wrong values are InputErrors that list close matches; nothing is ignored.
+`{package}` in a path stands for the folder of the installed package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+import drmcli
+from drmcli.config.schema import COMMANDS, SINGULAR
+from drmcli.errors import InputError, MissingError
+
+C = TypeVar("C")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(
+        f.name.removesuffix(".yaml")
+        for f in resources.files("drmcli.config.presets").iterdir()
+        if f.name.endswith(".yaml")
+    )
+
+
+def preset_text(name: str) -> str:
+    """A preset's YAML with the comments of its header. Raises InputError for an unknown name."""
+    if name not in preset_names():
+        raise InputError(
+            f"--preset: there is no preset {name!r}", hint=_closest(name, preset_names(), "see `drm config list`")
+        )
+    return (resources.files("drmcli.config.presets") / f"{name}.yaml").read_text()
+
+
+def preset_values(name: str, command: str) -> dict[str, Any]:
+    """What a preset sets for a command: its `common` section and the command's own."""
+    sections = yaml.safe_load(preset_text(name)) or {}
+    fields = field_names(COMMANDS[command])
+    common = {key: value for key, value in (sections.get("common") or {}).items() if key in fields}
+    return common | (sections.get(command) or {})
+
+
+def field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def resolve(
+    command: str,
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Any:
+    """The config of a command from all its sources. Flags that are None were not given.
+
+    Raises InputError that names the source (`--set`, the file, the flag) of what is wrong.
+    """
+    cls = COMMANDS[command]
+    loaded = read_config_file(file, command) if file else {}
+    assigned = [_assignment(item, cls) for item in sets or []]
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    name = preset or next((v for k, v in reversed(assigned) if k == "preset"), None) or loaded.get("preset")
+    values: dict[str, Any] = {}
+    if "preset" in field_names(cls):
+        name = str(name or "tiny")
+        values = preset_values(name, command) | {"preset": name}
+    values |= {key: value for key, value in loaded.items() if key != "preset"}
+    values |= {key: value for key, value in assigned if key != "preset"} | given
+    sources = dict.fromkeys(loaded, file) | {k: f"--set {k}" for k, _ in assigned}
+    sources |= {k: "--" + SINGULAR.get((command, k), k).replace("_", "-") for k in given}
+    return build(cls, values, sources)
+
+
+def build(cls: type[C], values: dict[str, Any], sources: dict[str, Any] | None = None) -> C:
+    """Validate values into a config. Raises InputError with the key, its source and the fact."""
+    for key in values:
+        _known(key, cls, (sources or {}).get(key))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        where = (sources or {}).get(key) or key
+        raise InputError(
+            f"{where}: {key} {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            hint=f"{key}: {describe(cls)[key]}",
+        ) from None
+
+
+def describe(cls: type) -> dict[str, str]:
+    """The line below each field of a config."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__):  # pydantic reads the lines of each class for itself
+        for name, info in part.__dict__.get("__pydantic_fields__", {}).items():
+            found[name] = info.description or found.get(name, "")
+    return found
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any, command: str) -> str:
+    """A config as the YAML that `--config` reads."""
+    return yaml.safe_dump({"command": command, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+
+
+def read_config_file(path: str, command: str) -> dict[str, Any]:
+    """A YAML file of config keys; `command:` in it must be this command."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"--config {path}: there is no such file", hint="give a YAML file, such as a run's config.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--config {path}: not YAML: {' '.join(str(error).split())}", hint="write `key: value` lines"
+        ) from None
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}", hint="check the path and its permissions") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"--config {path}: holds no `key: value` lines", hint="`drm config show tiny` prints an example"
+        )
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise InputError(f"--config {path}: {strange[0]!r} is no key", hint="`drm config show tiny` prints an example")
+    wanted = values.pop("command", command)
+    if wanted != command:
+        raise InputError(f"--config {path}: written for `drm {wanted}`", hint=f"run `drm {wanted} --config {path}`")
+    return values
+
+
+def package_path(text: str) -> str:
+    """`{package}` in a path replaced by the folder of the installed package."""
+    return text.replace("{package}", str(Path(drmcli.__file__).parent))
+
+
+def local_or_hub(ref: str, flag: str) -> str:
+    """Where a model reference points: an existing folder, or a hub id as it is.
+
+    Raises MissingError when it looks like a path and is not there, InputError when it is empty.
+    """
+    if not ref:
+        raise InputError(f"{flag}: no model is named", hint=f"give {flag} FOLDER_OR_HUB_ID, or a --preset that has one")
+    path = package_path(ref)
+    if Path(path).is_dir():
+        return path
+    if Path(path).is_file():
+        raise InputError(
+            f"{flag} {ref}: a file, not a folder", hint="give the folder that holds config.json or model_index.json"
+        )
+    looks_local = path.startswith((".", "/", "~", "{")) or path.count("/") != 1
+    if looks_local:
+        raise MissingError(
+            f"{flag} {ref}: there is no such folder", hint="give an existing folder, or a hub id like owner/name"
+        )
+    return path
+
+
+def _assignment(item: str, cls: type) -> tuple[str, Any]:
+    key, mark, value = item.partition("=")
+    key = key.strip().replace("-", "_")
+    if not mark:
+        raise InputError(f"--set {item}: not of the form key=value", hint="for example --set steps=100")
+    _known(key, cls, f"--set {key}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {item}: the value is not YAML", hint="quote it, for example --set 'name=\"a: b\"'"
+        ) from None
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return key, parsed
+
+
+def _known(key: str, cls: type, source: Any) -> None:
+    if key not in field_names(cls):
+        where = source or key
+        hint = _closest(key, field_names(cls), "`drm config show tiny` lists the keys")
+        raise InputError(f"{where}: there is no key {key!r}", hint=hint)
+
+
+def _closest(name: str, names: list[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise

@@ -1,0 +1,1 @@
+"""Measures: intervals, protocols of preference accuracy, GenEval. No torch but in detect."""

@@ -1,1 +1,0 @@
-"""Presets: YAML files read by `drmcli.config`."""

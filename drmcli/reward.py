@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drmcli.config import local_or_hub
+from drmcli.config import local_or_hub, spoken
 from drmcli.errors import InputError, RunError
 from drmcli.flow import add_noise
 from drmcli.generator import Generator, PromptEmbeds, load_part, quiet_libraries, reach, use_attention
@@ -220,7 +220,7 @@ base_model: {c.base_model if "{" not in c.base_model else "embedded"}
 Scores how well a picture, or a noisy latent at any step, serves a prompt. Higher is better; only differences for one prompt
 mean something.
 
-- base: `{c.base_model}`, revision {c.base_revision or "main"}; {kept} of {c.transformer["num_layers"]} transformer blocks
+- base: {spoken(c.base_model)}, revision {c.base_revision or "main"}; {kept} of {c.transformer["num_layers"]} transformer blocks
 - trained: {c.backbone} backbone; image tokens of block {", ".join(map(str, self.taps))}; head width {c.head_width}, {c.head_pool} pooling
 - training resolution: {c.resolution or "the base's own"}; T5: {"yes" if c.text_encoder_3 else "no"}
 

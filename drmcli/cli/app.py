@@ -59,6 +59,9 @@ def invoke(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices on import are not ours to show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that is not UTF-8, or a terminal that is not, ends no run
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
     try:
         code = app(argv, prog_name="drm", standalone_mode=False)

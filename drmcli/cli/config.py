@@ -28,7 +28,6 @@ def list_presets(as_json: o.Json = False) -> None:
         show_json(about)
         return
     made = table("presets", "name", "about")
-    made.columns[1].justify = "left"
     for name, text in about.items():
         made.add_row(name, text)
     stdout().print(made)
@@ -61,7 +60,7 @@ def show(
 
             show_json(yaml.safe_load(text))
         else:
-            stdout().print(text, markup=False, end="")
+            stdout().print(text, end="")
         return
     if command not in configs.COMMANDS:
         raise InputError(
@@ -74,6 +73,6 @@ def show(
     about = configs.describe(configs.COMMANDS[command])
     console = stdout()
     for key, value in resolved.items():
-        console.print(f"[bold]{key}[/] = ", end="")
-        console.print(repr(value), markup=False)
-        console.print(f"    {about[key]}", markup=False, style="dim")
+        console.print(f"{key} = ", style="bold", end="")
+        console.print(repr(value))
+        console.print(f"    {about[key]}", style="dim")

@@ -27,8 +27,6 @@ def list_datasets(as_json: o.Json = False) -> None:
         show_json({name: {k: v for k, v in vars(d).items() if k != "reader"} for name, d in DATASETS.items()})
         return
     made = table("datasets that drm reads in their published layouts", "name", "size", "licence", "splits", "what")
-    for column in made.columns:
-        column.justify = "left"
     made.add_row(
         "shapes",
         "made on the fly",
@@ -121,6 +119,6 @@ def check(
             if key not in ("data", "ok"):
                 some = value[:3] if isinstance(value, list) else value
                 made.add_row(key, f"{len(value)}: {some}" if isinstance(value, list) and value else str(value or 0))
-        stdout().print(made, markup=False)
+        stdout().print(made)
     if not found["ok"]:
         raise typer.Exit(1)

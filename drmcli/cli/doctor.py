@@ -23,7 +23,6 @@ def doctor(device: o.Device = None, preset: o.Preset = None, as_json: o.Json = F
         show_json(findings)
         return
     made = table("drm doctor", "what", "found")
-    made.columns[1].justify = "left"
     for key, value in findings.items():
         made.add_row(key, value if isinstance(value, str) else ", ".join(f"{k} {v}" for k, v in value.items()))
     stdout().print(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import unicodedata
 from typing import Any
 
 from rich.console import Console
@@ -21,14 +22,22 @@ from rich.progress import (
 
 PLAIN_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
+PIPE_WIDTH = 10_000
+"""Columns of a table that nobody's terminal limits."""
+LONGEST = 600
+"""Characters of a message: what it quotes may be a whole file."""
 
 
 def stdout() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    """Text is printed as it is: what people name (prompts, files, folders) may hold brackets and colons that Rich would read as
+    markup. A pipe has no width, so nothing is wrapped there."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """As `stdout`, for progress, notes and errors."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Screen:
@@ -46,13 +55,13 @@ class Screen:
         if self.console.is_terminal and not self.quiet:
             self.bars = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[more]}", style="dim"),
+                TextColumn("{task.fields[more]}", style="dim", markup=False),
                 console=self.console,
             )
             self.bars.start()
@@ -82,10 +91,20 @@ class Screen:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(f"note: {text}", markup=False)
+            self.console.print(f"note: {plain(text, LONGEST)}")
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.print(f"warning: {plain(text, LONGEST)}", style="yellow")
+
+
+def plain(text: str, limit: int | None = None) -> str:
+    """Text on one line, without what steers a terminal: control characters and halves of surrogate pairs are written as escapes.
+    Longer than `limit`, it is cut in the middle."""
+    text = " ".join(text.split())
+    text = "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit - 100]} ... {text[-90:]}"
+    return text
 
 
 def show_json(summary: dict[str, Any]) -> None:
@@ -95,8 +114,7 @@ def show_json(summary: dict[str, Any]) -> None:
 def show_error(message: str, hint: str) -> None:
     """The two lines of every failure."""
     console = stderr()
-    flat = " ".join(message.split())
-    console.print("[bold red]error:[/] ", end="")
-    console.print(flat, markup=False)
-    console.print("[bold]hint:[/] ", end="")
-    console.print(" ".join(hint.split()), markup=False)
+    console.print("error: ", style="bold red", end="")
+    console.print(plain(message, LONGEST))
+    console.print("hint: ", style="bold", end="")
+    console.print(plain(hint, LONGEST))

@@ -7,26 +7,54 @@ from typing import Any
 
 from rich.table import Table
 
-from drmcli.cli.output import stdout
+from drmcli.cli.output import plain, stdout
+from drmcli.config import spoken
+
+
+class _Table(Table):
+    """A table whose cells are shown on one line, as `plain` writes them."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(plain(cell, CELL) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+CELL = 400
+"""Characters of a cell."""
+WORDS = {
+    "prompt",
+    "image",
+    "picture",
+    "path",
+    "about",
+    "found",
+    "what",
+    "source",
+    "licence",
+    "splits",
+    "size",
+    "reason",
+}
+"""Columns of text."""
 
 
 def table(title: str, *columns: str) -> Table:
-    """A table in drm's one style, its title printed above it: first column left, numbers right."""
-    stdout().print(title, style="bold", markup=False)
-    made = Table(header_style="bold", box=None, pad_edge=False)
+    """A table in drm's one style, its title printed above it: text left, numbers right; only text is wrapped."""
+    stdout().print(plain(title) if not title.startswith("\n") else "\n" + plain(title), style="bold")
+    made = _Table(header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right")
+        words = column in WORDS
+        made.add_column(column, justify="left" if i == 0 or words else "right", no_wrap=not words, overflow="fold")
     return made
 
 
 def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
     console = stdout()
-    console.print(f"[bold]config of drm {command}[/]")
-    console.print(config_yaml, markup=False)
-    console.print("[bold]plan[/] (nothing was written)")
+    console.print(f"config of drm {command}", style="bold")
+    console.print(config_yaml)
+    console.print("plan (nothing was written)", style="bold")
     for key, value in values.items():
         if key != "memory":
-            console.print(f"  {key}: {value}", markup=False)
+            console.print(f"  {key}: {value}")
     if memory := values.get("memory"):
         made = table("\nmemory of a step", "", "GiB")
         made.add_row(f"weights ({memory['parameters'] / 1e6:,.1f} M parameters)", gib(memory["weights"]))
@@ -38,8 +66,8 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
         made.add_row("activations with --set gradient_checkpointing=true", gib(memory["activations_checkpointed"]))
         for name, size in memory.get("beside", {}).items():
             made.add_row(f"beside it: {name}", gib(size))
-        made.add_row("[bold]total[/]", gib(memory["total"]))
-        made.add_row("[bold]total with gradient checkpointing[/]", gib(memory["total_checkpointed"]))
+        made.add_row("total", gib(memory["total"]), style="bold")
+        made.add_row("total with gradient checkpointing", gib(memory["total_checkpointed"]), style="bold")
         console.print(made)
 
 
@@ -55,8 +83,8 @@ def train_reward(s: dict[str, Any]) -> None:
         made.add_row(f"{row['sigma']:g}{mark}", f"{row['accuracy']:.1f} %")
     console.print(made)
     console.print(f"{s['train_pairs']} training pairs, {s['seconds']:.0f} s on {s['device']}")
-    console.print(f"reward model: {s['reward']}", markup=False)
-    console.print(f"next: drm bench --reward {s['reward']}", markup=False)
+    console.print(f"reward model: {s['reward']}")
+    console.print(f"next: drm bench --reward {s['reward']}")
 
 
 def geneval(s: dict[str, Any]) -> None:
@@ -81,13 +109,13 @@ def geneval(s: dict[str, Any]) -> None:
         f"{s['n_prompts']} prompts, {s['n_images']} pictures: {s['correct_images']:.1f} % of pictures are right,"
         f" {s['correct_prompts']:.1f} % of prompts have a right one; detector {s['detector']}"
     )
-    console.print(f"{s['seconds']:.0f} s on {s['device']}; tables and pictures: {s['run']}", markup=False)
+    console.print(f"{s['seconds']:.0f} s on {s['device']}; tables and pictures: {s['run']}")
 
 
 def generator(s: dict[str, Any]) -> None:
     console = stdout()
     title = f"{s['n_prompts']} prompts, {s['n_images']} pictures" + (
-        f", before and after {s['lora']}" if s["lora"] else ""
+        f", before and after {spoken(s['lora'])}" if s["lora"] else ""
     )
     after = ("after", "difference", "95 % interval", "wins") if s["lora"] else ()
     made = table(title, "", "mean" if not s["lora"] else "before", *after)
@@ -101,12 +129,12 @@ def generator(s: dict[str, Any]) -> None:
                 f"{lo:+.3f} to {hi:+.3f}",
                 f"{row['win_rate']:.0f} %",
             ]
-        made.add_row(row["scorer"], *cells)
+        made.add_row(spoken(row["scorer"]), *cells)
     if s["diversity"]["before"] is not None:
         made.add_row("diversity", *(f"{value:.3f}" for value in s["diversity"].values()), *([""] * (len(after) - 1)))
     console.print(made)
     console.print(f"diversity: {s['diversity_kind']}")
-    console.print(f"{s['seconds']:.0f} s on {s['device']}; pictures side by side: {s['grid']}", markup=False)
+    console.print(f"{s['seconds']:.0f} s on {s['device']}; pictures side by side: {s['grid']}")
 
 
 def bench(s: dict[str, Any]) -> None:
@@ -118,9 +146,9 @@ def bench(s: dict[str, Any]) -> None:
         made = table("accuracy by each dataset's own protocol, 95 % interval", "", *names)
         for row in s["table"]:
             cells = [f"{row[n]['accuracy']:.2f} % ({row[n]['ci95'][0]:.1f} to {row[n]['ci95'][1]:.1f})" for n in names]
-            made.add_row(row["scorer"], *cells)
+            made.add_row(spoken(row["scorer"]), *cells)
         console.print(made)
-        console.print(f"every convention, breakdown and picture is in the folders of {s['run']}", markup=False)
+        console.print(f"every convention, breakdown and picture is in the folders of {s['run']}")
         return None
     if "tasks" in s:
         return geneval(s)
@@ -151,7 +179,7 @@ def bench(s: dict[str, Any]) -> None:
             gap = ("", "") if i == 0 else (f"{row['difference']:+.2f} ({a:+.1f} to {b:+.1f})", f"{row['p_value']:.2g}")
             memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
             made.add_row(
-                f"{row['scorer']} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}", *gap,
+                f"{spoken(row['scorer'])} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}", *gap,
                 f"{row['images_per_second']:.0f}", memory,
             )  # fmt: skip
         console.print(made)
@@ -170,15 +198,14 @@ def bench(s: dict[str, Any]) -> None:
         shown = [row for row in s["published"] if row["comparable"] or row["model"] == "DRM"]
         title = f"\npublished figures: the paper's, and those known to be counted alike; summary.json has all {len(s['published'])}"
         made = table(title, "model", "accuracy", "counted as ours?", "source")
-        made.columns[3].justify = "left"
         for row in shown:
             same = "yes" if row["comparable"] else row["note"] or row["protocol"] or "not stated"
             made.add_row(row["model"], f"{row['accuracy']:.1f} %", same, row["source"])
         console.print(made)
     if len(s["by_sigma"]) > 1:
         console.print("\naccuracy by noise level, from chance (50 %) to 100 %")
-        console.print(text_plot(s["by_sigma"]), markup=False)
-    console.print(f"\n{s['seconds']:.0f} s on {s['device']}; tables and plot: {s['run']}", markup=False)
+        console.print(text_plot(s["by_sigma"]))
+    console.print(f"\n{s['seconds']:.0f} s on {s['device']}; tables and plot: {s['run']}")
 
 
 def score(s: dict[str, Any]) -> None:
@@ -193,7 +220,7 @@ def score(s: dict[str, Any]) -> None:
     for (image, prompt), values in rows.items():
         made.add_row(image, *(f"{values[x]:+.3f}" if x in values else "" for x in sigmas), prompt)
     console.print(made)
-    console.print(f"{s['noise_samples']} noise draws a score; table: {s['run']}", markup=False)
+    console.print(f"{s['noise_samples']} noise draws a score; table: {s['run']}")
 
 
 def sample(s: dict[str, Any]) -> None:
@@ -213,7 +240,6 @@ def sample(s: dict[str, Any]) -> None:
     )
     console.print(
         f"{s['images_per_second']:g} pictures/s, {s['seconds']:.0f} s on {s['device']}{memory}; grid: {s['grid']}",
-        markup=False,
     )
 
 
@@ -233,11 +259,11 @@ def grpo(s: dict[str, Any]) -> None:
     made.add_row("diversity", f"{s['diversity_before']:.3f}", f"{s['diversity_after']:.3f}", "")
     console.print(made)
     if s["stopped"]:
-        console.print(f"stopped: {s['stopped']}", markup=False)
+        console.print(f"stopped: {s['stopped']}")
     console.print(
         f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['train_seconds']:.0f} s of training on {s['device']}"
     )
-    console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})", markup=False)
+    console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})")
 
 
 def demo(s: dict[str, Any]) -> None:
@@ -255,7 +281,7 @@ def demo(s: dict[str, Any]) -> None:
     for name in ("judge", "reward"):
         made.add_row(name, f"{g[f'{name}_before']:.3f}", f"{g[f'{name}_after']:.3f}")
     console.print(made)
-    console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)", markup=False)
+    console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)")
 
 
 SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {

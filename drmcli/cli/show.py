@@ -46,4 +46,4 @@ def show(
         stdout().print(made)
     if not found["summary"]:
         stdout().print("not finished: run the same command again to go on")
-    stdout().print(f"report: {report}", markup=False)
+    stdout().print(f"report: {report}")

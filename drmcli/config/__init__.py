@@ -11,6 +11,7 @@ from drmcli.config.resolve import (
     preset_values,
     read_config_file,
     resolve,
+    spoken,
     to_dict,
     to_yaml,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "preset_values",
     "read_config_file",
     "resolve",
+    "spoken",
     "to_dict",
     "to_yaml",
 ]

@@ -147,6 +147,17 @@ def package_path(text: str) -> str:
     return text.replace("{package}", str(Path(drmcli.__file__).parent))
 
 
+def spoken(ref: str | None) -> str:
+    """A model reference as people read it: the embedded models by what they are, everything else as it was given."""
+    inside = package_path("{package}/tiny/weights/")
+    text = package_path(ref or "none")
+    if text.startswith(inside):
+        return {"reward": "the embedded reward model", "generator": "the embedded generator"}.get(
+            text.removeprefix(inside).strip("/"), "a file of the embedded world"
+        )
+    return ref or "none"
+
+
 def local_or_hub(ref: str, flag: str) -> str:
     """Where a model reference points: an existing folder, or a hub id as it is.
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from drmcli import results
-from drmcli.config import Bench, local_or_hub
+from drmcli.config import Bench, local_or_hub, spoken
 from drmcli.data.datasets import DATASETS
 from drmcli.data.images import BadImage, load_image
 from drmcli.data.preferences import Preferences
@@ -240,7 +240,14 @@ class _Bench:
 
         started = time.monotonic()
         scores = score_items(
-            config, folder, score, len(scorer.items), sigmas, f"{number}{part}", f"score by {ref}", interruptions
+            config,
+            folder,
+            score,
+            len(scorer.items),
+            sigmas,
+            f"{number}{part}",
+            f"score by {spoken(ref)}",
+            interruptions,
         )
         if is_scorer(ref):
             bad = _check_bad(config, folder, scorer, scores, bad)

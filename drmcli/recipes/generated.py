@@ -24,7 +24,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
 from drmcli import results
-from drmcli.config import Bench, package_path, resolve
+from drmcli.config import Bench, package_path, resolve, spoken
 from drmcli.data.images import BadImage, FileImage, load_image
 from drmcli.data.preferences import text_id
 from drmcli.data.prompts import holds_prompts_only, read_prompts
@@ -193,7 +193,7 @@ def score_pictures(
     for i in range(0, len(images), config.batch_size):
         some = images[i : i + config.batch_size]
         out.append(score(_load([row["path"] for row in some]), [row["prompt"] for row in some]))
-        folder.reporter.progress(f"score by {ref}", min(i + config.batch_size, len(images)), len(images))
+        folder.reporter.progress(f"score by {spoken(ref)}", min(i + config.batch_size, len(images)), len(images))
     return np.concatenate(out)
 
 

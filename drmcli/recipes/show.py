@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from drmcli import results
+from drmcli.config import spoken
 from drmcli.errors import InputError
 from drmcli.plots import training_curve
 from drmcli.report import Report
@@ -69,5 +70,11 @@ def write_report(found: dict[str, Any]) -> Path:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else spoken(value)
+        if isinstance(value, str) and value
+        else str(value)
+    )
     return text if len(text) <= 160 else text[:157] + "..."

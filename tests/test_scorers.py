@@ -68,19 +68,19 @@ def random_(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def independent(scorer: Scorer, images: list[Image.Image]) -> None:
     """A score does not depend on what else is in the batch, nor on its place there."""
-    together = scorer(images, PROMPTS)
+    together = scorer.score_images(images, PROMPTS)
     assert together.shape == (len(images),)
     assert together.dtype == torch.float32
     assert together.std() > 1e-4
-    alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(images, PROMPTS)])
+    alone = torch.cat([scorer.score_images([image], [prompt]) for image, prompt in zip(images, PROMPTS)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scorer(images[::-1], PROMPTS[::-1]).flip(0), together, rtol=1e-4, atol=1e-5)
-    assert scorer([], []).shape == (0,)
+    torch.testing.assert_close(scorer.score_images(images[::-1], PROMPTS[::-1]).flip(0), together, rtol=1e-4, atol=1e-5)
+    assert scorer.score_images([], []).shape == (0,)
 
 
 def coarsely(ref: str, images: list[Image.Image], exact: Tensor, prompts: list[str] = PROMPTS) -> None:
     """In bfloat16 about the same score, still float32 out: within a tenth of what the scores range over, or of themselves."""
-    scores = load_scorer(ref, device=torch.device("cpu"), dtype=torch.bfloat16)(images, prompts)
+    scores = load_scorer(ref, device=torch.device("cpu"), dtype=torch.bfloat16).score_images(images, prompts)
     assert scores.dtype == torch.float32
     assert 0 < (exact - scores).abs().max() < 0.1 * max(float(exact.max() - exact.min()), float(exact.abs().max()))
 
@@ -139,7 +139,7 @@ def test_pickscore_and_clip(name: str, clip_folder: Path, images: list[Image.Ima
     capfd.readouterr()
     scorer = load(f"{name}={clip_folder}")
     assert scorer.name == name
-    torch.testing.assert_close(scorer(images, PROMPTS), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scorer.score_images(images, PROMPTS), want, rtol=1e-4, atol=1e-4)
     independent(scorer, images)
     coarsely(f"{name}={clip_folder}", images, want)
     assert capfd.readouterr() == ("", "")
@@ -150,7 +150,7 @@ def test_each_prompt_is_encoded_once(clip_folder: Path, images: list[Image.Image
     seen: list[list[str]] = []
     call = CLIPTokenizer.__call__
     monkeypatch.setattr(CLIPTokenizer, "__call__", lambda self, text, **k: seen.append(text) or call(self, text, **k))
-    scorer(images, PROMPTS)
+    scorer.score_images(images, PROMPTS)
     assert seen == [[PROMPTS[0], PROMPTS[1], PROMPTS[3]]]
 
 
@@ -238,18 +238,18 @@ def test_hpsv2(hps: tuple, images: list[Image.Image]) -> None:
     with torch.no_grad():
         want = (model.image(padded(images, 28)) * model.text(torch.tensor(rows))).sum(-1)
     scorer = load(f"hpsv2={folder}")
-    torch.testing.assert_close(scorer(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scorer.score_images(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
     independent(scorer, images)
     coarsely(f"hpsv2={folder}", images, want)
-    torch.testing.assert_close(load(f"hpsv2.1={folder}")(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(load(f"hpsv2.1={folder}").score_images(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
 
 
 def test_safetensors_are_preferred(hps: tuple, images: list[Image.Image]) -> None:
     folder, model, _ = hps
-    before = load(f"hpsv2={folder}")(images, PROMPTS)
+    before = load(f"hpsv2={folder}").score_images(images, PROMPTS)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "HPS_v2_compressed.safetensors")
     (folder / "HPS_v2_compressed.pt").write_text("not read")
-    torch.testing.assert_close(load(f"hpsv2={folder}")(images, PROMPTS), before)
+    torch.testing.assert_close(load(f"hpsv2={folder}").score_images(images, PROMPTS), before)
 
 
 # --- aesthetic
@@ -277,10 +277,10 @@ def test_aesthetic(tmp_path: Path, clip_folder: Path, images: list[Image.Image])
         vectors = clip(pixel_values=cropped(images, 28, nearest=True)).image_embeds
         want = mlp(vectors / vectors.norm(dim=-1, keepdim=True))[:, 0]
     scorer = load(f"aesthetic={folder}")
-    torch.testing.assert_close(scorer(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scorer.score_images(images, PROMPTS), want, rtol=1e-4, atol=1e-5)
     independent(scorer, images)
     coarsely(f"aesthetic={folder}", images, want)
-    torch.testing.assert_close(scorer(images, PROMPTS), scorer(images, PROMPTS[::-1]))
+    torch.testing.assert_close(scorer.score_images(images, PROMPTS), scorer.score_images(images, PROMPTS[::-1]))
     torch.save({"layers.0.weight": torch.zeros(1, 25), "layers.0.bias": torch.zeros(1)}, next(folder.glob("*.pth")))
     assert "layer 0 is [1, 25], and 24 features come in" in refusal(f"aesthetic={folder}", InputError)[0]
 
@@ -430,10 +430,10 @@ def test_imagereward(tmp_path: Path, images: list[Image.Image]) -> None:
     want = (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
     scorer = load(f"imagereward={folder}")
-    torch.testing.assert_close(scorer(images, PROMPTS), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scorer.score_images(images, PROMPTS), want, rtol=1e-5, atol=1e-5)
     independent(scorer, images)
     coarsely(f"imagereward={folder}", images, want)
-    swapped = scorer(images, [PROMPTS[1], *PROMPTS[1:]])
+    swapped = scorer.score_images(images, [PROMPTS[1], *PROMPTS[1:]])
     assert swapped[0] != want[0]
 
 
@@ -507,7 +507,7 @@ def test_hpsv3(qwen: tuple, images: list[Image.Image], old: bool) -> None:
     scorer = load(f"hpsv3={folder}")
     two, asked = [images[0].resize((150, 139)), images[1]], ["a {red} circle", "a circle"]  # too large, too small
     want = torch.stack([hpsv3_by_hand(folder, model, head, image, text) for image, text in zip(two, asked)])
-    torch.testing.assert_close(scorer(two, asked), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scorer.score_images(two, asked), want, rtol=1e-4, atol=1e-4)
     if not old:
         independent(scorer, images)
         coarsely(f"hpsv3={folder}", two, want, asked)
@@ -535,9 +535,9 @@ def test_shapes_is_the_judge() -> None:
     pixels = world.draw(captions, np.random.default_rng(0), flawed=0.5)
     scorer = load("shapes")
     want = torch.from_numpy(judge(pixels, captions).score).float()
-    torch.testing.assert_close(scorer([Image.fromarray(p) for p in pixels], captions), want)
+    torch.testing.assert_close(scorer.score_images([Image.fromarray(p) for p in pixels], captions), want)
     large = [Image.fromarray(p).resize((64, 64), Image.Resampling.NEAREST) for p in pixels]
-    torch.testing.assert_close(scorer(large, captions), want)
+    torch.testing.assert_close(scorer.score_images(large, captions), want)
 
 
 CALLABLES = """
@@ -559,10 +559,10 @@ def test_callable(tmp_path: Path, images: list[Image.Image]) -> None:
     scorer = load("my_scores:width")
     assert scorer.name == "my_scores:width"
     independent(scorer, images)
-    assert scorer(images[:1], ["abc"]).tolist() == [67.0]
+    assert scorer.score_images(images[:1], ["abc"]).tolist() == [67.0]
     for name, fact in (("column", "scores for 4 pictures"), ("broken", "not finite"), ("words", "not numbers")):
         with pytest.raises(RunError, match=fact):
-            load(f"my_scores:{name}")(images, PROMPTS)
+            load(f"my_scores:{name}").score_images(images, PROMPTS)
     for ref, fact in (
         ("my_scores:nothing", "no callable 'nothing'"),
         ("my_scores:number", "no callable 'number'"),

@@ -24,7 +24,13 @@ GeneratorRef = Annotated[
     typer.Option("--generator", metavar="REF", help="Text-to-image pipeline: folder or hub id.", rich_help_panel=MODEL),
 ]
 RewardRef = Annotated[
-    str | None, typer.Option("--reward", metavar="REF", help="Reward model: folder or hub id.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(
+        "--reward",
+        metavar="REF",
+        help="Scorer: a reward model's folder or hub id, a name (pickscore, ...), NAME=FOLDER or module:function.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Out = Annotated[
     str | None, typer.Option(metavar="DIR", help="Run folder (default: runs/COMMAND-TIME).", rich_help_panel=RUN)

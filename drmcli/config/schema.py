@@ -206,7 +206,7 @@ class Score(Common):
     """`drm score`."""
 
     reward: str = ""
-    """Reward model: a folder or a hub id. Empty: the preset's."""
+    """A scorer: a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER or `module:function`. Empty: the preset's."""
     images: list[str] = Field(default_factory=list)
     """Pictures, or latents saved as .safetensors."""
     prompts: list[str] = Field(default_factory=list)

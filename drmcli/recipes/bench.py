@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from drmcli import results
-from drmcli.config import Bench, local_or_hub, spoken
+from drmcli.config import Bench, spoken
 from drmcli.data.datasets import DATASETS
 from drmcli.data.images import BadImage, load_image
 from drmcli.data.preferences import Preferences
@@ -29,10 +29,9 @@ from drmcli.measure.published import published
 from drmcli.plots import accuracy_by_noise, calibration_plot
 from drmcli.recipes import generated
 from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
-from drmcli.reward import RewardModel
-from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
-from drmcli.scorers import load_scorer
+from drmcli.scorers import Scorer, load_scorer, read_reference
+from drmcli.scorers.drm import RewardScorer
 
 PART_ITEMS = 2048
 """Pictures scored between two part files."""
@@ -80,15 +79,13 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
     if not refs:
         raise InputError("--reward none: nothing is left to measure", hint="name a scorer, for example --scorer clip")
     for ref in refs:  # before minutes of drawing and encoding
-        if not is_scorer(ref):
-            local_or_hub(ref, flag_of(config, ref))
+        read_reference(ref, flag_of(config, ref))
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")
             return folder.finished
         bench = _Bench(config, folder)
-        if not is_scorer(refs[0]):
-            bench.load(refs[0])  # what is wrong with it should not come out after minutes of drawing and encoding
+        bench.load(refs[0])  # what is wrong with it should not come out after minutes of drawing and encoding
         data = bench.data(config.split)
         with Interruptions() as interruptions:
             opinions = [bench.ask(ref, data, i, interruptions) for i, ref in enumerate(refs)]
@@ -176,7 +173,7 @@ class _Bench:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.drawer = LazyGenerator.of(config, self.device)
-        self._loaded: tuple[str, RewardModel] | None = None
+        self._loaded: tuple[str, Scorer] | None = None
 
     def data(self, split: str | None) -> Preferences:
         """The pairs of a split, the one to bench for None; pictures of `shapes` are drawn by the generator that is named."""
@@ -188,12 +185,12 @@ class _Bench:
         )
         return data if config.pairs is None else first_pairs(data, config.pairs)
 
-    def load(self, ref: str) -> RewardModel:
-        """A reward model; the last one that was asked for is kept."""
+    def load(self, ref: str) -> Scorer:
+        """A scorer; the last one that was asked for is kept."""
         if self._loaded is None or self._loaded[0] != ref:
             config = self.config
             self._loaded = None  # its memory goes before the next is loaded
-            model = RewardModel.from_pretrained(
+            model = load_scorer(
                 ref, device=self.device, dtype=self.dtype, attention=config.attention, flag=flag_of(config, ref)
             )
             self._loaded = ref, model
@@ -206,15 +203,15 @@ class _Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         score: Callable[[np.ndarray], np.ndarray]
         bad: list[str] = []
-        if is_scorer(ref):
-            model, sigmas = load_scorer(ref, device=self.device, dtype=self.dtype, flag=flag_of(config, ref)), [0.0]
-            scorer = PairScorer(IndexedPairs(data))
+        model = self.load(ref)
+        if not isinstance(model, RewardScorer):
+            sigmas, scorer = [0.0], PairScorer(IndexedPairs(data))
 
             def score(index: np.ndarray) -> np.ndarray:
                 return _score_pictures(model, ref, scorer, index, bad)[:, None]
 
         else:
-            reward = self.load(ref)
+            reward = model.model
             same = reward.config.base_model == config.generator
             base = self.drawer if same else LazyGenerator.of_reward(reward, self.dtype, self.device)
             sigmas = config.sigmas
@@ -249,7 +246,7 @@ class _Bench:
             f"score by {spoken(ref)}",
             interruptions,
         )
-        if is_scorer(ref):
+        if not isinstance(model, RewardScorer):
             bad = _check_bad(config, folder, scorer, scores, bad)
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         return Opinion(ref, scorer, sigmas, scores, time.monotonic() - started, bad, peak)
@@ -262,9 +259,7 @@ class _Bench:
         return self.ask(first.ref, data, 0, interruptions, "-calibration").table(data)
 
 
-def _score_pictures(
-    model: Callable[..., Any], ref: str, scorer: PairScorer, index: np.ndarray, bad: list[str]
-) -> np.ndarray:
+def _score_pictures(model: Scorer, ref: str, scorer: PairScorer, index: np.ndarray, bad: list[str]) -> np.ndarray:
     """Scores [n] of some items by a scorer of pictures; NaN for those that cannot be read, which are added to `bad`."""
     data = scorer.pairs.data
     images, texts, where = [], [], []
@@ -278,7 +273,7 @@ def _score_pictures(
         where.append(position)
     out = np.full(len(index), np.nan)
     if images:
-        out[where] = np.asarray(model(images, texts), dtype=float)
+        out[where] = model.score_images(images, texts).double().numpy()
         if not np.isfinite(out[where]).all():
             raise RunError(f"--scorer {ref}: a score is not finite", hint="check its weights, or use --dtype fp32")
     return out

@@ -34,8 +34,6 @@ from drmcli.measure.detect import check_labels, load_detector
 from drmcli.measure.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
 from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.recipes import sample
-from drmcli.reward import RewardModel
-from drmcli.rewards import is_scorer
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
 from drmcli.tiny import tasks, world
@@ -182,17 +180,15 @@ def score_pictures(
     ref: str, images: list[dict[str, Any]], config: Bench, folder: Run, device: torch.device, dtype: torch.dtype
 ) -> np.ndarray:
     """One score a picture, by a reward model (at the first noise level asked for) or a scorer."""
-    if is_scorer(ref):
-        scorer = load_scorer(ref, device=device, dtype=dtype)
-        score = lambda pictures, texts: np.asarray(scorer(pictures, texts), dtype=float)  # noqa: E731
-    else:
-        reward = RewardModel.from_pretrained(ref, device=device, dtype=dtype, attention=config.attention)
-        many: dict[str, Any] = {"sigmas": config.sigmas[:1], "noise_samples": config.noise_samples, "seed": config.seed}
-        score = lambda pictures, texts: reward.score_images(pictures, texts, **many)[:, 0].double().cpu().numpy()  # noqa: E731
+    scorer = load_scorer(
+        ref, device=device, dtype=dtype, attention=config.attention, sigma=config.sigmas[0],
+        noise_samples=config.noise_samples, seed=config.seed,
+    )  # fmt: skip
     out = []
     for i in range(0, len(images), config.batch_size):
         some = images[i : i + config.batch_size]
-        out.append(score(_load([row["path"] for row in some]), [row["prompt"] for row in some]))
+        found = scorer.score_images(_load([row["path"] for row in some]), [row["prompt"] for row in some])
+        out.append(found.double().numpy())
         folder.reporter.progress(f"score by {spoken(ref)}", min(i + config.batch_size, len(images)), len(images))
     return np.concatenate(out)
 

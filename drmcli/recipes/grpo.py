@@ -47,7 +47,6 @@ from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
 from drmcli.reward import LORA_TARGETS, RewardModel, read_config
-from drmcli.rewards import Rewards, is_scorer, load_term, parse_term
 from drmcli.rollout import Plan, Rollouts, Visit, roll_out
 from drmcli.run import (
     Interruptions,
@@ -63,6 +62,8 @@ from drmcli.run import (
     write_text,
 )
 from drmcli.sampling import Search, sample
+from drmcli.scorers import load_scorer
+from drmcli.scorers.combine import Rewards, parse_term
 from drmcli.tiny import world
 
 RATIO_TOLERANCE = 1e-5
@@ -115,22 +116,19 @@ def lora_config(config: Grpo) -> LoraConfig:
 
 
 class Judge:
-    """The independent yardstick by name: a scorer (the world's own judge is `shapes`), or a second reward model."""
+    """The independent yardstick, any scorer; none where the name is `none`."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
         self.name = name
-        self.term = None if name == "none" else load_term(name, 1.0, device, dtype, "sdpa", "--judge")
+        self.scorer = None if name == "none" else load_scorer(name, device=device, dtype=dtype, flag="--judge")
 
     def __bool__(self) -> bool:
-        return self.term is not None
+        return self.scorer is not None
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """A score a picture, higher is better."""
-        assert self.term is not None
-        if self.term.model is not None:
-            return self.term.model.score_images(images, prompts, sigmas=[0.25]).cpu().numpy()[:, 0]
-        assert self.term.scorer is not None
-        return np.asarray(self.term.scorer(images, prompts), dtype=float)
+        assert self.scorer is not None
+        return self.scorer.score_images(images, prompts).numpy().astype(float)
 
 
 def stacked(each: Sequence[PromptEmbeds]) -> PromptEmbeds:
@@ -178,22 +176,16 @@ class Aligner:
             ceiling=config.reward_ceiling,
         )
         channels = int(self.generator.transformer.config.in_channels)
-        for term in self.rewards.terms:
-            if term.model is not None and int(term.model.config.transformer["in_channels"]) != channels:
-                raise InputError(
-                    f"--reward {term.ref}: made for other latents than the generator's {channels} channels",
-                    hint="use a reward model whose base is the generator",
-                )
-        if config.spread_penalty and len(self.rewards.models) * config.reward_draws < 2:
+        self.rewards.check_latents(channels)
+        if config.spread_penalty and len(self.rewards.states) * config.reward_draws < 2:
             raise InputError(
                 "--spread-penalty: one reward model with one draw has no spread",
                 hint="add a reward model by --add-reward, or --set reward_draws=4",
             )
         self.judge = Judge(config.judge, device, frozen)
-        if self.judge.name == "shapes":
+        if self.judge.scorer is not None:
             for split in ("val", "test"):
-                for text in self.prompts[split][: config.eval_prompts]:
-                    world.parse(text)
+                self.judge.scorer.check_prompts(self.prompts[split][: config.eval_prompts])
         self.embeds: dict[str, PromptEmbeds] = {}
         self.reward_embeds: dict[str, list[PromptEmbeds]] = {}
         self.negative = self.generator.encode_prompts([""]) if config.guidance_scale != 1 else None
@@ -832,13 +824,12 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
     beside = dict(known.beside(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), mixed))
     if not config.text_encoder_3:
         beside.pop("text_encoder_3", None)
-    if not is_scorer(config.reward):
-        where = Path(package_path(config.reward))
-        if where.is_dir():
-            reward = read_config(where, f"--reward {config.reward}")
-            with torch.device("meta"):
-                model = RewardModel(reward, SD3Transformer2DModel.from_config(reward.transformer))
-            beside["reward model"] = sum(p.numel() for p in model.parameters()) * mixed.itemsize
+    where = Path(package_path(config.reward))
+    if where.is_dir():
+        reward = read_config(where, f"--reward {config.reward}")
+        with torch.device("meta"):
+            model = RewardModel(reward, SD3Transformer2DModel.from_config(reward.transformer))
+        beside["reward model"] = sum(p.numel() for p in model.parameters()) * mixed.itemsize
     if config.train == "full" and config.kl_beta:
         beside["reference policy"] = policy.parameters * mixed.itemsize
     cuda = device.type == "cuda"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,8 +16,10 @@ from drmcli.config import Score
 from drmcli.data.images import FileImage, load_image
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
-from drmcli.reward import RewardModel, score_clean
-from drmcli.run import Reporter, open_run
+from drmcli.reward import score_clean
+from drmcli.run import Reporter, Run, open_run
+from drmcli.scorers import Scorer, load_scorer
+from drmcli.scorers.drm import RewardScorer
 
 
 def run(config: Score, reporter: Reporter) -> dict[str, Any]:
@@ -28,50 +31,25 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
             return folder.finished
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        pictures = [i for i, name in enumerate(config.images) if not name.endswith(".safetensors")]
-        loaded = {i: load_image(FileImage(config.images[i], Path(config.images[i]))) for i in pictures}
+        loaded = {
+            i: load_image(FileImage(name, Path(name)))
+            for i, name in enumerate(config.images)
+            if not name.endswith(".safetensors")
+        }
         saved = {i: read_latents(config.images[i]) for i in range(len(config.images)) if i not in loaded}
-        reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
-        if config.resolution:
-            reward.config.resolution = config.resolution
-        rows: dict[int, list[dict[str, Any]]] = {}
-
-        def add(i: int, sigmas: list[float], scores: Tensor) -> None:
-            rows[i] = [
-                {"image": config.images[i], "prompt": prompts[i], "sigma": s, "score": float(v)}
-                for s, v in zip(sigmas, scores)
-            ]
-
-        for start in range(0, len(pictures), config.batch_size):
-            some = pictures[start : start + config.batch_size]
-            out = reward.score_images(
-                [loaded[i] for i in some],
-                [prompts[i] for i in some],
-                sigmas=config.sigmas,
-                noise_samples=config.noise_samples,
-                seed=config.seed,
-                batch_size=config.batch_size,
+        scorer = load_scorer(
+            config.reward, device=device, dtype=dtype, flag="--reward", attention=config.attention, seed=config.seed
+        )
+        if isinstance(scorer, RewardScorer):
+            rows = by_noise_level(scorer, loaded, saved, prompts, config, folder)
+        elif saved:
+            raise InputError(
+                f"--reward {config.reward}: judges pictures, and {config.images[next(iter(saved))]} holds latents",
+                hint="score latents with a reward model",
             )
-            for i, scores in zip(some, out):
-                add(i, config.sigmas, scores)
-            folder.reporter.progress("score", len(rows), len(config.images))
-        for i, (latents, sigma) in saved.items():
-            cond = reward.generator().encode_prompts([prompts[i]])
-            latents = latents.to(device)
-            if sigma is None:  # clean: noised as a picture's would be
-                scores = score_clean(
-                    reward,
-                    latents,
-                    cond,
-                    [config.images[i]],
-                    config.sigmas,
-                    noise_samples=config.noise_samples,
-                    seed=config.seed,
-                )
-                add(i, config.sigmas, scores[0])
-            else:
-                add(i, [sigma], reward.score(latents, sigma, cond).detach())
-            folder.reporter.progress("score", len(rows), len(config.images))
+        else:
+            folder.note(f"{scorer.name} judges finished pictures: noise levels do not matter to it")
+            rows = of_pictures(scorer, loaded, prompts, config, folder)
         flat = [row for i in sorted(rows) for row in rows[i]]
         table = [row | {"dataset": "images", "prompt_id": ""} for row in flat]
         results.write(folder.folder / "scores.parquet", "scores", table, folder.id)
@@ -86,6 +64,63 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
                 "scores": flat,
             }
         )
+
+
+def by_noise_level(
+    scorer: RewardScorer,
+    pictures: dict[int, Image.Image],
+    saved: dict[int, tuple[Tensor, float | None]],
+    prompts: list[str],
+    config: Score,
+    folder: Run,
+) -> dict[int, list[dict[str, Any]]]:
+    """A reward model's scores of pictures and saved latents, a row a noise level, by position in `config.images`."""
+    reward = scorer.model
+    if config.resolution:
+        reward.config.resolution = config.resolution
+    rows: dict[int, list[dict[str, Any]]] = {}
+    noise: dict[str, Any] = {"noise_samples": config.noise_samples, "seed": config.seed}
+
+    def add(i: int, sigmas: list[float], scores: Tensor) -> None:
+        rows[i] = [_row(config, prompts, i, sigma, float(score)) for sigma, score in zip(sigmas, scores)]
+        folder.reporter.progress("score", len(rows), len(config.images))
+
+    where = list(pictures)
+    for start in range(0, len(where), config.batch_size):
+        some = where[start : start + config.batch_size]
+        images, texts = [pictures[i] for i in some], [prompts[i] for i in some]
+        out = reward.score_images(images, texts, sigmas=config.sigmas, batch_size=config.batch_size, **noise)
+        for i, scores in zip(some, out):
+            add(i, config.sigmas, scores)
+    for i, (latents, sigma) in saved.items():
+        cond = scorer.encode([prompts[i]])
+        latents = latents.to(next(reward.parameters()).device)
+        if sigma is None:  # clean: noised as a picture's would be
+            add(i, config.sigmas, score_clean(reward, latents, cond, [config.images[i]], config.sigmas, **noise)[0])
+        else:
+            add(i, [sigma], reward.score(latents, sigma, cond).detach())
+    return rows
+
+
+def of_pictures(
+    scorer: Scorer, pictures: dict[int, Image.Image], prompts: list[str], config: Score, folder: Run
+) -> dict[int, list[dict[str, Any]]]:
+    """A scorer's one score a picture, by position in `config.images`."""
+    scorer.check_prompts(prompts)
+    rows: dict[int, list[dict[str, Any]]] = {}
+    where = list(pictures)
+    for start in range(0, len(where), config.batch_size):
+        some = where[start : start + config.batch_size]
+        for i, score in zip(
+            some, scorer.score_images([pictures[i] for i in some], [prompts[i] for i in some]).tolist()
+        ):
+            rows[i] = [_row(config, prompts, i, 0.0, score)]
+        folder.reporter.progress("score", len(rows), len(config.images))
+    return rows
+
+
+def _row(config: Score, prompts: list[str], i: int, sigma: float, score: float) -> dict[str, Any]:
+    return {"image": config.images[i], "prompt": prompts[i], "sigma": sigma, "score": score}
 
 
 def matched_prompts(config: Score) -> list[str]:

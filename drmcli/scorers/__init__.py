@@ -1,17 +1,27 @@
-"""Other reward scorers: pictures and prompts in, one number a picture out.
+"""Everything that scores: pictures and prompts in, one number a picture out; some judge noisy latents too.
 
-They judge finished pictures, where a DRM judges noisy states: as a second reward, as a yardstick, as a column of a benchmark. A scorer
-is named (`pickscore`), named with a folder that holds its published weights (`pickscore=/models/PickScore_v1`), or any callable of the
-user's (`module:function`). Weights are read as safetensors, or by PyTorch's weights-only reader where only a .pt file is published.
+A scorer is asked for in one way, whatever it is and whichever flag names it (`--reward`, `--scorer`, `--judge`, `--against`,
+`--add-reward`):
 
-This file imports no torch, so that names can be listed without it.
+- a name of `NAMES`, such as `pickscore`, with the weights from the hub, or from a folder: `pickscore=/models/PickScore_v1`
+- a reward model of this package: its folder or hub id
+- any callable of the user's: `module:function`
+
+Weights are read as safetensors, or by PyTorch's weights-only reader where only a .pt file is published.
+
+This file imports no torch, so that names can be listed and checked without it.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from drmcli.config import local_or_hub, package_path
 from drmcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,69 +29,162 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-NAMES = {
-    "pickscore": "PickScore v1, scaled cosine (yuvalkirstain/PickScore_v1, MIT)",
-    "clip": "CLIP ViT-H/14, scaled cosine (laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT)",
-    "aesthetic": "LAION aesthetic predictor v2 on CLIP ViT-L/14, no prompt (camenduru/improved-aesthetic-predictor, Apache-2.0)",
-    "hpsv2": "Human Preference Score v2.0, cosine (xswu/HPSv2, Apache-2.0)",
-    "hpsv2.1": "Human Preference Score v2.1, cosine (xswu/HPSv2, Apache-2.0)",
-    "imagereward": "ImageReward v1.0, standardised (THUDM/ImageReward, Apache-2.0)",
-    "hpsv3": "Human Preference Score v3 on Qwen2-VL-7B, mean of the score (MizzenAI/HPSv3, MIT)",
-    "shapes": "the judge of the embedded world, 0 to 1 (no weights)",
-}
-"""Name of each scorer and one line on it: what it gives, where its weights are, their licence."""
-
 
 class Scorer(Protocol):
-    """Scores of pictures: float32 [B] on the CPU, one a picture, whatever else is in the batch."""
+    """Judges finished pictures."""
+
+    name: str
+    """As it was asked for."""
+
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B], float32 on the CPU, one a picture, whatever else is in the batch. Raises RunError for one that is not finite."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises InputError for a prompt that the scorer cannot judge, before minutes are spent on pictures of it."""
+
+
+@runtime_checkable
+class StateScorer(Protocol):
+    """A scorer that judges noisy latents as well: a diffusion-based reward model."""
 
     name: str
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor: ...
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """As `Scorer`."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """As `Scorer`."""
+
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """What it needs to know of B prompts; rows are picked by indexing."""
+
+    def score(self, latents: Tensor, sigma: float | Tensor, cond: Any) -> Tensor:
+        """Scores [B], float32, differentiable, of latents [B, C, H, W] at noise level sigma (one, or [B])."""
 
 
-def load_scorer(ref: str, *, device: torch.device, dtype: torch.dtype, flag: str = "--scorer") -> Scorer:
-    """A scorer by name, NAME=FOLDER or `module:function`.
+@dataclass(frozen=True)
+class Named:
+    """A scorer that has a name."""
 
-    Raises InputError (exit code 2) for an unknown name and for weights of another kind, MissingError (3) for weights that are not there
-    and cannot be fetched; each names `flag`.
+    about: str
+    """What it gives, where its weights are, their licence."""
+    loader: str
+    """`module:function`, called as function(source, device, dtype), or the scoring function itself where there are no weights."""
+    weights: bool = True
+    check: str | None = None
+    """`module:function` that raises InputError for prompts that cannot be judged."""
+
+
+TABLE = {
+    "pickscore": Named(
+        "PickScore v1, scaled cosine (yuvalkirstain/PickScore_v1, MIT)", "drmcli.scorers.clip:pickscore"
+    ),
+    "clip": Named(
+        "CLIP ViT-H/14, scaled cosine (laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT)", "drmcli.scorers.clip:clip"
+    ),
+    "aesthetic": Named(
+        "LAION aesthetic predictor v2 on CLIP ViT-L/14, no prompt (camenduru/improved-aesthetic-predictor, Apache-2.0)",
+        "drmcli.scorers.clip:aesthetic",
+    ),
+    "hpsv2": Named("Human Preference Score v2.0, cosine (xswu/HPSv2, Apache-2.0)", "drmcli.scorers.clip:hpsv2"),
+    "hpsv2.1": Named("Human Preference Score v2.1, cosine (xswu/HPSv2, Apache-2.0)", "drmcli.scorers.clip:hpsv2_1"),
+    "imagereward": Named(
+        "ImageReward v1.0, standardised (THUDM/ImageReward, Apache-2.0)", "drmcli.scorers.imagereward:imagereward"
+    ),
+    "hpsv3": Named(
+        "Human Preference Score v3 on Qwen2-VL-7B, mean of the score (MizzenAI/HPSv3, MIT)",
+        "drmcli.scorers.hpsv3:hpsv3",
+    ),
+    "shapes": Named(
+        "the judge of the embedded world, 0 to 1 (no weights)",
+        "drmcli.scorers.plain:shapes",
+        weights=False,
+        check="drmcli.scorers.plain:check_shapes",
+    ),
+}
+NAMES = {name: named.about for name, named in TABLE.items()}
+"""Name of each scorer and one line on it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a text that names a scorer means."""
+
+    kind: Literal["named", "function", "model"]
+    text: str
+    name: str = ""
+    folder: str | None = None
+    """Of a named scorer's weights; None is the hub."""
+
+
+def read_reference(text: str, flag: str = "--scorer") -> Reference:
+    """What a text that names a scorer means; nothing is loaded, and torch is not imported.
+
+    A folder that exists is a reward model whatever its name. Raises InputError (exit code 2) for an unknown name, MissingError (3)
+    for a folder that is not there; each names `flag`.
     """
+    name, mark, folder = text.partition("=")
+    if text and Path(package_path(text)).is_dir():
+        return Reference("model", text)
+    if name in TABLE:
+        if mark and not TABLE[name].weights:
+            raise InputError(f"{flag} {text}: has no weights", hint=f"give {name} without a folder")
+        if mark and not folder:
+            raise InputError(f"{flag} {text}: no folder is named", hint=f"give {flag} {name} or {flag} {name}=FOLDER")
+        return Reference("named", text, name, folder or None)
+    if ":" in text and "/" not in text:
+        return Reference("function", text)
+    if text and not any(mark in text for mark in "/\\{~") and not text.startswith(".") and not Path(text).exists():
+        raise InputError(f"{flag} {text}: there is no such scorer", hint=_hint(name))
+    local_or_hub(text, flag)
+    return Reference("model", text)
+
+
+def load_scorer(
+    text: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    flag: str = "--scorer",
+    attention: str = "sdpa",
+    sigma: float = 0.25,
+    noise_samples: int = 4,
+    seed: int = 0,
+) -> Scorer:
+    """A scorer by whatever names it; see `read_reference`. A reward model comes as a `StateScorer`.
+
+    sigma, noise_samples, seed: how a reward model judges finished pictures; other scorers have no such choice. Raises what
+    `read_reference` does, InputError for weights of another kind, MissingError for weights that are not there.
+    """
+    ref = read_reference(text, flag)
+    if ref.kind == "model":
+        from drmcli.scorers.drm import RewardScorer
+
+        return RewardScorer.load(
+            text, device=device, dtype=dtype, flag=flag, attention=attention, sigma=sigma, noise_samples=noise_samples,
+            seed=seed,
+        )  # fmt: skip
     from drmcli.scorers import plain
 
-    name, mark, folder = ref.partition("=")
-    if name == "shapes" and not mark:
-        return plain.Scoring(name, flag, plain.shapes)
-    if name not in NAMES and ":" in ref:
-        return plain.Scoring(ref, flag, plain.named_callable(ref, flag))
-    if name not in NAMES or name == "shapes":
-        raise InputError(f"{flag} {ref}: {_why(name, mark)}", hint=_hint(name))
-    if mark and not folder:
-        raise InputError(f"{flag} {ref}: no folder is named", hint=f"give {flag} {name} or {flag} {name}=FOLDER")
-
-    from drmcli.scorers import clip, hpsv3, imagereward
+    if ref.kind == "function":
+        return plain.Scoring(text, flag, plain.named_callable(text, flag))
+    named = TABLE[ref.name]
+    loader = _function(named.loader)
+    if not named.weights:
+        return plain.Scoring(ref.name, flag, loader, _function(named.check) if named.check else None)
     from drmcli.scorers.weights import Source
 
-    loaders = {
-        "pickscore": clip.pickscore,
-        "clip": clip.clip,
-        "aesthetic": clip.aesthetic,
-        "hpsv2": clip.hpsv2,
-        "hpsv2.1": clip.hpsv2_1,
-        "imagereward": imagereward.imagereward,
-        "hpsv3": hpsv3.hpsv3,
-    }
-    source = Source(name, folder or None, flag)
+    source = Source(ref.name, ref.folder, flag)
     with source.explained():
-        return plain.Scoring(name, flag, loaders[name](source, device, dtype))
+        return plain.Scoring(ref.name, flag, loader(source, device, dtype))
 
 
-def _why(name: str, mark: str) -> str:
-    return "has no weights" if name == "shapes" and mark else "there is no such scorer"
+def _function(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _hint(name: str) -> str:
-    if name == "shapes":
-        return "give shapes without a folder"
     close = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
     known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(NAMES)}"
-    return f"{known}; or give module:function"
+    return f"{known}; or give module:function, or a reward model's folder or hub id"

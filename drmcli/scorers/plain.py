@@ -6,7 +6,7 @@ Dimension letters: B pictures.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,16 +30,23 @@ class Scoring:
     """As in `drmcli.scorers.NAMES`, or `module:function`."""
     flag: str
     """Of the command line, for errors."""
-    score: Callable[[list[Image.Image], list[str]], Any]
+    function: Callable[[list[Image.Image], list[str]], Any]
     """B pictures and B prompts to B numbers."""
+    check: Callable[[Sequence[str]], None] | None = None
+    """Raises InputError for prompts that cannot be judged."""
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises InputError for a prompt that the scorer cannot judge."""
+        if self.check is not None:
+            self.check(prompts)
+
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B], float32 on the CPU. Raises RunError when they are not one finite number a picture."""
         assert len(images) == len(prompts)
         if not images:
             return torch.zeros(0)
         with torch.no_grad():
-            found = self.score(images, prompts)
+            found = self.function(list(images), list(prompts))
         try:
             scores = torch.as_tensor(found).detach().to("cpu", torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -64,6 +71,12 @@ def shapes(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
     rgb = [image.convert("RGB") for image in images]
     fitted = [image if image.size == side else image.resize(side, Image.Resampling.BOX) for image in rgb]
     return judge(np.stack([np.asarray(image) for image in fitted]), prompts).score
+
+
+def check_shapes(prompts: Sequence[str]) -> None:
+    """Raises InputError for a prompt that is no caption of the embedded world."""
+    for prompt in prompts:
+        world.parse(prompt)
 
 
 def named_callable(ref: str, flag: str) -> Callable[[list[Image.Image], list[str]], Any]:

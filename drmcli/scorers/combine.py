@@ -1,0 +1,124 @@
+"""Several scorers as one: weighted and summed, or so combined that one scorer's blind spot does not decide.
+
+Scorers of noisy states judge a state where it is; scorers of pictures need a picture, which is the one that the generator predicts from
+the state. This is the one place that asks which of the two a scorer is.
+
+Dimension letters: B states, R scorers, M candidates that are compared, C, H, W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from drmcli.flow import renoise
+from drmcli.generator import PromptEmbeds
+from drmcli.reward import RewardModel
+from drmcli.scorers import Scorer, StateScorer, load_scorer
+from drmcli.scorers.drm import RewardScorer
+
+RENOISE = 0.1
+"""How far above its own noise level a state is noised again for each draw of a noise ensemble."""
+
+
+@dataclass
+class Term:
+    """One scorer and how much it counts."""
+
+    scorer: Scorer
+    weight: float
+
+
+def parse_term(text: str) -> tuple[str, float]:
+    """`REF=WEIGHT` as its parts; the weight is 1 where none is given."""
+    ref, mark, weight = text.rpartition("=")
+    try:
+        return (ref, float(weight)) if mark else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+class Rewards:
+    """A weighted sum of terms, less `spread_penalty` times their disagreement, cut at `ceiling`."""
+
+    def __init__(
+        self,
+        refs: Sequence[tuple[str, float]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str = "sdpa",
+        draws: int = 1,
+        spread_penalty: float = 0.0,
+        ceiling: float | None = None,
+        seed: int = 0,
+    ):
+        self.draws, self.spread_penalty, self.ceiling = draws, spread_penalty, ceiling
+        options = {"device": device, "dtype": dtype, "attention": attention}
+        self.terms = [
+            Term(load_scorer(ref, flag="--add-reward" if i else "--reward", **options), weight)  # type: ignore[arg-type]
+            for i, (ref, weight) in enumerate(refs)
+        ]
+        self.states = [t.scorer for t in self.terms if isinstance(t.scorer, StateScorer)]
+        self.rng = torch.Generator().manual_seed(seed)
+        """Of the noise ensemble."""
+
+    @property
+    def needs_pictures(self) -> bool:
+        return len(self.states) < len(self.terms)
+
+    @property
+    def models(self) -> list[RewardModel]:
+        return [scorer.model for scorer in self.states if isinstance(scorer, RewardScorer)]
+
+    def check_latents(self, channels: int) -> None:
+        """Raises InputError for a reward model of other latents than the generator's."""
+        for i, term in enumerate(self.terms):
+            if isinstance(term.scorer, RewardScorer):
+                term.scorer.check_latents(channels, "--add-reward" if i else "--reward")
+
+    def encode(self, texts: list[str], own: PromptEmbeds, ref: str) -> list[PromptEmbeds]:
+        """Each state scorer's conditioning of the prompts; a generator's `own` for the models that were cut from it (`ref`)."""
+        return [
+            own if isinstance(s, RewardScorer) and s.model.config.base_model == ref else s.encode(texts)
+            for s in self.states
+        ]
+
+    def __call__(
+        self,
+        latents: Tensor,
+        sigma: float,
+        conds: list[PromptEmbeds],
+        texts: list[str],
+        pictures: Callable[[], list[Image.Image]],
+    ) -> Tensor:
+        """Rewards [B], float32, of states [B, C, H, W] at a noise level.
+
+        conds: one a state scorer. pictures: draws the pictures that scorers of pictures see; called once, and only if there is one.
+        """
+        total = torch.zeros(len(latents), device=latents.device)
+        opinions, waiting = [], iter(conds)
+        images = pictures() if self.needs_pictures else []
+        for term in self.terms:
+            if isinstance(term.scorer, StateScorer):
+                drawn = torch.stack(self._drawn(term.scorer, next(waiting), latents, sigma))  # [draws, B]
+                opinions.append(drawn)
+                values = drawn.mean(0)
+            else:
+                values = term.scorer.score_images(images, texts).to(latents.device)
+            total = total + term.weight * values
+        if self.spread_penalty:
+            total = total - self.spread_penalty * torch.cat(opinions).std(0, unbiased=False)
+        return total if self.ceiling is None else total.clamp(max=self.ceiling)
+
+    def _drawn(self, scorer: StateScorer, cond: PromptEmbeds, x: Tensor, sigma: float) -> list[Tensor]:
+        """Scores [B] of the state itself, or of several states a little noisier."""
+        if self.draws == 1:
+            return [scorer.score(x, sigma, cond)]
+        higher = min(sigma + RENOISE, (1 + sigma) / 2)
+        noise = torch.randn((self.draws, *x.shape), generator=self.rng).to(x.device)
+        return [scorer.score(renoise(x, sigma, higher, z), higher, cond) for z in noise]

@@ -1,0 +1,90 @@
+"""A diffusion-based reward model as a scorer: of pictures at one noise level, and of noisy latents where they are.
+
+Dimension letters: B pictures or latents, C, H, W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from drmcli.errors import InputError
+from drmcli.generator import PromptEmbeds
+from drmcli.reward import RewardModel
+
+
+@dataclass
+class RewardScorer:
+    """A loaded `RewardModel` and how it judges finished pictures."""
+
+    name: str
+    """Folder or hub id."""
+    model: RewardModel
+    sigma: float = 0.25
+    """Noise level at which pictures are judged."""
+    noise_samples: int = 4
+    """Noise draws a picture, averaged."""
+    seed: int = 0
+    """Of that noise."""
+
+    @classmethod
+    def load(
+        cls,
+        ref: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        flag: str = "--reward",
+        attention: str = "sdpa",
+        sigma: float = 0.25,
+        noise_samples: int = 4,
+        seed: int = 0,
+    ) -> RewardScorer:
+        """From a folder or the hub. Raises what `RewardModel.from_pretrained` does."""
+        model = RewardModel.from_pretrained(ref, device=device, dtype=dtype, attention=attention, flag=flag)
+        return cls(ref, model, sigma, noise_samples, seed)
+
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B], float32 on the CPU."""
+        if not images:
+            return torch.zeros(0)
+        found = self.model.score_images(
+            images, prompts, sigmas=[self.sigma], noise_samples=self.noise_samples, seed=self.seed
+        )
+        return found[:, 0].float().cpu()
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any prompt can be judged."""
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """B prompts by the encoders of the pipeline that the model was cut from."""
+        return self.model.generator().encode_prompts(prompts)
+
+    def score(
+        self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Scores [B] of latents [B, C, H, W] at a noise level; `states` as in `RewardModel.features`."""
+        return self.model.score(latents, sigma, cond, states=states)
+
+    @property
+    def cost(self) -> float:
+        """Of one call, in forward passes of the generator that it was cut from."""
+        return len(self.model.transformer.transformer_blocks) / int(self.model.config.transformer["num_layers"])
+
+    def shares_encoders(self, generator: str, max_sequence_length: int) -> bool:
+        """Are this pipeline's own encodings of prompts the model's as well?"""
+        config = self.model.config
+        return config.base_model == generator and config.max_sequence_length == max_sequence_length
+
+    def check_latents(self, channels: int, flag: str) -> None:
+        """Raises InputError where the model was made for latents of another kind than a generator's."""
+        mine = int(self.model.config.transformer["in_channels"])
+        if mine != channels:
+            raise InputError(
+                f"{flag} {self.name}: made for latents of {mine} channels, not {channels}",
+                hint="use a reward model whose base is the generator's",
+            )

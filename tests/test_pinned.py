@@ -50,7 +50,10 @@ SAMPLE = {
         [0.254378736, 0.414247036, 0.400624216, 0.445370555],
     ],
 }
-BENCH = {"accuracy": [95.833333333, 41.666666667], "scores": [[-5.64676359, 4.9717184], [-8.10763823, 4.4425642]]}
+BENCH = {
+    "accuracy": [95.833333333, 41.666666667],
+    "scores": [[-5.64676359, 4.9717184], [-8.10763823, 4.4425642]],
+}
 UPDATE = {
     "loss": 0.017160356,
     "ratio": 0.823098719,
@@ -128,4 +131,6 @@ def test_a_resumed_run(tmp_path: Path) -> None:
     train_reward.run(config, Silent())
     close(read(tmp_path / "metrics")["loss"], LOSSES)
     weights = RewardModel.from_pretrained(tmp_path / "reward").head.state_dict()
-    close(torch.stack([t.double().norm() for t in weights.values()]).sum(), HEAD)
+    close(
+        torch.stack([t.double().norm() for t in weights.values()]).sum(), HEAD, 1e-5
+    )  # AdamW makes much of the last bits, which depend on encoding batches

@@ -1,35 +1,40 @@
-"""Sampling with a reward model that judges noisy states: plain, best-of-N, step-wise search and its relatives.
+"""Sampling with a scorer that judges noisy states: plain, best-of-N, step-wise search and its relatives.
 
-All modes are one loop over noise levels. Each picture has n particles; a step gives each of them m children, the reward model
-scores the children where they are, and some are kept:
+All modes are one loop over noise levels. Each picture has some trajectories; a step gives each of them some children, the
+children are scored where they are, and some of them live on:
 
-- plain        n = 1, m = 1, nothing is scored until the end
-- best-of-n    n = N, m = 1, the best final score is kept
-- stepwise     n = 1, m = k, the best child is kept at every step (DRM, arXiv 2605.25661, section 5)
-- beam         n = b, m = k, the best b of all b k children are kept
-- halving      n = N, m = 1, the worse half is dropped at chosen noise levels
-- smc          n = N, m = 1, particles are resampled with weights exp(score / temperature) when their effective number is low
+- plain        one trajectory, one child a step, nothing is scored until the end
+- best-of-n    N starts, one child a step, the best end is kept
+- stepwise     one trajectory, k children a step, the best child is kept at every step (DRM, arXiv 2605.25661, section 5)
+- beam         N starts, of which the best b live on after the first cut; then k children each, of which the best b are kept
+- halving      N starts, one child a step, the worse half is dropped at chosen noise levels
+- smc          N starts, resampled with weights exp(score / temperature) when their effective number is low
 
-Dimension letters: I pictures, N particles of a picture, K children of a particle, C, H, W latent channels, height, width.
+The best end may be refined: noised again part of the way, sampled anew from there, and replaced where the new end scores better.
+
+Dimension letters: I pictures, N trajectories of a picture, K children of one, M = N * K, R scorers, C, H, W latent channels,
+height, width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from drmcli.calls import Calls, Models, States
 from drmcli.errors import RunError
-from drmcli.flow import STEP_RULES, corrected, predict_x0
+from drmcli.flow import STEP_RULES, corrected, predict_x0, renoise
 from drmcli.generator import Generator, PromptEmbeds
-from drmcli.reward import RewardModel
+from drmcli.scorers.combine import COMBINE
 
-MODES = ("plain", "best-of-n", "stepwise", "beam", "halving", "smc")
 STOCHASTIC = ("stepwise", "beam", "smc")
 """Modes that need noise in their steps."""
+REFINE_BRANCH = (0.5, 1.0)
+"""Noise levels where a refinement with several children makes them: from 0.7 that is two steps of ten."""
 
 
 @dataclass
@@ -44,10 +49,17 @@ class Search:
     """ode, flow-sde, dance-sde or cps; None is cps where the mode needs noise, else ode."""
     noise_level: float = 0.9
     """a of Flow-SDE and CPS, eta of Dance-SDE."""
-    num_candidates: int = 4
-    """k of stepwise and beam, N of the others."""
-    num_beams: int = 1
-    """Particles that beam keeps."""
+    beams: int = 4
+    """k: children of a trajectory at each step, of stepwise and beam."""
+    starts: int | None = None
+    """N: trajectories that a picture starts with; None is 4, and what is kept of beam. plain and stepwise have one."""
+    keep: int = 2
+    """b: trajectories that beam keeps."""
+    first_cut: float | None = None
+    """Of beam: the noise level at which the starts are cut to those kept, and before which there are no children; None is at once."""
+    share_first: bool = False
+    """All starts share the first forward pass and differ by the noise of the first step: nothing is lost with CPS and a = 1, which
+    draws all noise anew."""
     branch_sigmas: tuple[float, float] = (0.0, 1.0)
     """Steps that start at a noise level within branch; the others make one child and score nothing."""
     branch_steps: tuple[int, int] | None = None
@@ -61,7 +73,17 @@ class Search:
     temperature: float = 1.0
     """Of smc, in units of the score."""
     ess_threshold: float = 0.5
-    """smc resamples when the effective share of its particles falls below."""
+    """smc resamples when the effective share of its trajectories falls below."""
+    refine: int = 0
+    """How often the best end is noised again and sampled anew; kept if better."""
+    refine_sigma: float = 0.7
+    """To which noise level, or the schedule's nearest."""
+    refine_beams: int = 1
+    """Children a step while refining, at the noise levels `REFINE_BRANCH`."""
+    combine: str = "sum"
+    """How several scorers' opinions become one score; see `scorers.combine.COMBINE`."""
+    pictures: bool = False
+    """The reward looks at pictures: a state is shown to it by the clean latents that it points to, for one velocity each."""
     max_batch: int = 64
     """Latents in one forward pass; halved when memory does not suffice."""
     share: bool = False
@@ -70,31 +92,40 @@ class Search:
     def rule(self) -> str:
         return self.step_rule or ("cps" if self.mode in STOCHASTIC else "ode")
 
-    def particles(self) -> int:
-        """Trajectories that a picture starts with."""
-        return {"plain": 1, "stepwise": 1, "beam": self.num_beams}.get(self.mode, self.num_candidates)
+    def trajectories(self) -> int:
+        """That a picture starts with."""
+        if self.mode in ("plain", "stepwise"):
+            return 1
+        return self.starts or (self.keep if self.mode == "beam" else 4)
 
-    def branches(self, step: int, sigma: float) -> bool:
-        """Does this step make several children and keep the best?"""
-        lo, hi = self.branch_sigmas
-        inside = lo <= sigma <= hi + 1e-6
+    def children(self, step: int, sigma: float, sigma_next: float, trajectories: int) -> int:
+        """Of each trajectory at a step."""
+        if step == 0 and self.share_first and self.trajectories() > 1:
+            return self.trajectories()
+        low, high = self.branch_sigmas
+        branching = self.mode in ("stepwise", "beam") and low <= sigma <= high + 1e-6
         if self.branch_steps is not None:
-            inside = inside and self.branch_steps[0] <= step <= self.branch_steps[1]
-        return self.mode in ("stepwise", "beam") and inside
+            branching = branching and self.branch_steps[0] <= step <= self.branch_steps[1]
+        if self.mode == "beam" and self.first_cut is not None and trajectories > self.keep:
+            branching = False
+        # The last step of CPS takes no noise: all candidates would be one.
+        return self.beams if branching and (sigma_next > 0 or self.rule() != "cps") else 1
 
-
-@dataclass
-class Calls:
-    """Latents that went through each model. Guidance counts twice."""
-
-    generator: int = 0
-    reward: int = 0
-    shared: int = 0
-    """Generator forwards that went on from the reward model's blocks."""
-
-    def cost(self, ratio: float) -> float:
-        """In forward passes of the generator, a reward call costing `ratio` of one."""
-        return self.generator + ratio * self.reward + (1 - ratio) * self.shared
+    def survivors(self, sigma_next: float, trajectories: int, candidates: int) -> int | None:
+        """How many of the candidates live on; None where there is nothing to choose."""
+        if self.mode == "smc":
+            return candidates if sigma_next > 0 else None
+        count = candidates
+        if self.mode == "stepwise":
+            count = 1
+        elif self.mode == "beam":
+            waiting = self.first_cut is not None and trajectories > self.keep and sigma_next > self.first_cut + 1e-6
+            branched = candidates > trajectories
+            cut = self.first_cut is not None and trajectories > self.keep
+            count = self.keep if not waiting and (branched or cut) else candidates
+        elif self.mode == "halving":
+            count = max(1, self.trajectories() >> sum(sigma_next <= level for level in self.halving_sigmas))
+        return count if count < candidates else None
 
 
 @dataclass
@@ -102,14 +133,15 @@ class Candidates:
     """What was scored at one step: every child of every picture."""
 
     step: int
+    """Counted on over the refinements."""
     sigma: float
     sigma_next: float
     score: Tensor
-    """[I, N * K]."""
+    """[I, M]."""
     kept: Tensor
-    """[I, N * K] bool."""
+    """[I, M] bool."""
     preview: Tensor | None = None
-    """[I, N * K, C, H, W] predicted clean latents, where a trace was asked for."""
+    """[I, M, C, H, W] predicted clean latents, where a trace was asked for."""
 
 
 @dataclass
@@ -119,7 +151,7 @@ class Samples:
     latents: Tensor
     """[I, C, H, W] clean."""
     score: Tensor
-    """[I] of the reward model at noise level 0; NaN without one."""
+    """[I] of the reward at noise level 0; NaN without one."""
     candidates: list[Candidates] = field(default_factory=list)
     calls: Calls = field(default_factory=Calls)
 
@@ -127,7 +159,7 @@ class Samples:
 @torch.no_grad()
 def sample(
     generator: Generator,
-    reward: RewardModel | None,
+    reward: States | None,
     cond: PromptEmbeds,
     reward_cond: PromptEmbeds | None,
     seeds: Sequence[int],
@@ -145,261 +177,220 @@ def sample(
     pipelines take from the same seed. Raises RunError naming the step when latents are not finite.
     """
     device = cond.prompt_embeds.device
+    models = Models(
+        generator, reward, cond, reward_cond, negative, search.guidance_scale, search.max_batch, device, search.share,
+        search.pictures,
+    )  # fmt: skip
     sigmas = generator.sigmas(search.num_inference_steps)
     total = len(sigmas) - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    loop = _Loop(reward, reward_cond, search, Calls(), trace, device, generator, cond, negative)
-    n = search.particles()
-    x = loop.noise(rngs, n, shape)  # [I, N, C, H, W]
-    out: list[Candidates] = []
-    velocity: Tensor | None = None
-    for step in range(total):
-        if velocity is None:
-            velocity = loop.velocity(x, float(sigmas[step]))
-        x, scored = loop.advance(x, velocity, step, sigmas, rngs)
-        velocity, loop.following = loop.following, None
-        if scored is not None:
-            out.append(scored)
-        on_step(step + 1, total)
-    final = torch.full(x.shape[:2], math.nan)
-    if reward is not None:
-        scored_last = bool(out) and out[-1].step == total - 1 and x.shape[1] == 1 and search.score_at == "noisy"
-        final = out[-1].score[out[-1].kept].reshape(-1, 1) if scored_last else loop.rewards(x, 0.0).cpu()
-    best = final.nan_to_num(0.0).argmax(1)
     rows = torch.arange(len(seeds))
-    return Samples(x[rows, best.to(device)], final[rows, best], out, loop.calls)
+    start = min(range(1, total), key=lambda i: abs(float(sigmas[i]) - search.refine_sigma)) if search.refine else total
+    whole = total + search.refine * (total - start)
+
+    def after(begun: int) -> Callable[[int], None]:
+        return lambda done: on_step(begun + done, whole)
+
+    # Down from pure noise; of several ends the best is kept.
+    x = models.noise(rngs, 1 if search.share_first else search.trajectories(), shape)  # [I, N, C, H, W]
+    x, found, opinions = descend(models, search, x, sigmas, 0, rngs, trace, after(0))
+    search.max_batch = models.max_batch  # what memory allowed serves the next pictures
+    if reward is None:
+        return Samples(x[rows, 0], torch.full((len(seeds),), math.nan), found, models.calls)
+    if opinions is None:
+        opinions = models.opinions(x, 0.0, x)[0]
+    combine = COMBINE[search.combine]
+    ends = combine(opinions).cpu()
+    keep = ends.argmax(1, keepdim=True)
+    score, x, opinions = ends.gather(1, keep), _rows(x, keep.to(device)), _rows(opinions, keep.to(device))
+
+    # Noise the best end again, sample anew from there, and keep what is better.
+    again = replace(
+        search, mode="stepwise" if search.refine_beams > 1 else "plain", step_rule=search.rule(), beams=search.refine_beams,
+        branch_sigmas=REFINE_BRANCH, branch_steps=None, share_first=False,
+    )  # fmt: skip
+    for turn in range(search.refine):
+        noise = models.noise(rngs, 1, shape)
+        level = float(sigmas[start])
+        noised = renoise(x.flatten(0, 1), 0.0, level, noise.flatten(0, 1)).unflatten(0, x.shape[:2])
+        begun, offset = total + turn * (total - start), (turn + 1) * total
+        new, more, _ = descend(models, again, noised, sigmas, start, rngs, trace, after(begun))
+        found += [replace(c, step=offset + c.step) for c in more]
+        both = torch.cat([opinions, models.opinions(new, 0.0, new)[0]], 1)  # [I, 2, R]
+        ends = combine(both).cpu()
+        keep = ends.argmax(1, keepdim=True)
+        score = ends.gather(1, keep)
+        x, opinions = _rows(torch.cat([x, new], 1), keep.to(device)), _rows(both, keep.to(device))
+    return Samples(x[:, 0], score[:, 0], found, models.calls)
+
+
+def descend(
+    models: Models,
+    search: Search,
+    x: Tensor,
+    sigmas: Tensor,
+    first: int,
+    rngs: Sequence[torch.Generator],
+    trace: bool,
+    on_step: Callable[[int], None],
+) -> tuple[Tensor, list[Candidates], Tensor | None]:
+    """From states x [I, N, C, H, W] before step `first` down to clean ends.
+
+    Returns the ends, what was scored on the way, and the opinions [I, 1, R] of the ends where the last step has judged them.
+    """
+    found: list[Candidates] = []
+    velocity: Tensor | None = None
+    opinions: Tensor | None = None
+    for step in range(first, len(sigmas) - 1):
+        if velocity is None:
+            velocity = models.velocity(x, float(sigmas[step]))
+        taken = take_step(models, search, x, velocity, step, sigmas, rngs, trace)
+        x, velocity, opinions = taken.x, taken.velocity, taken.opinions
+        if taken.candidates is not None:
+            found.append(taken.candidates)
+        on_step(step + 1 - first)
+    judged = x.shape[1] == 1 and search.score_at == "noisy"
+    return x, found, opinions if judged else None
+
+
+@dataclass
+class Taken:
+    """One step of a search."""
+
+    x: Tensor
+    """[I, N', C, H, W] the candidates that live on."""
+    velocity: Tensor | None = None
+    """Theirs, where it is known already."""
+    opinions: Tensor | None = None
+    """[I, N', R] theirs, where they were scored."""
+    candidates: Candidates | None = None
+
+
+def take_step(
+    models: Models,
+    search: Search,
+    x: Tensor,
+    velocity: Tensor,
+    step: int,
+    sigmas: Tensor,
+    rngs: Sequence[torch.Generator],
+    trace: bool = False,
+) -> Taken:
+    """From states x [I, N, C, H, W] and their velocities to the children that live on.
+
+    sigmas: the whole schedule [n + 1]. Raises RunError when latents are not finite.
+    """
+    sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
+    # One velocity serves all children of a state.
+    k = search.children(step, sigma, sigma_next, x.shape[1])
+    children = draw_children(models, search, x, velocity, step, sigmas, k, rngs)  # [I, M, C, H, W]
+    if not bool(torch.isfinite(children).all()):
+        raise RunError(
+            f"step {step} of {len(sigmas) - 1}: latents are not finite",
+            hint="use --dtype fp32 or bf16, or a lower guidance scale",
+        )
+    trajectories = search.trajectories() if step == 0 and search.share_first else x.shape[1]
+    count = search.survivors(sigma_next, trajectories, children.shape[1])
+    if models.reward is None or count is None:
+        return Taken(children)
+
+    # Who lives on?
+    following, preview = None, None
+    if sigma_next == 0:
+        preview = children
+    elif search.score_at == "clean" or search.pictures or trace:
+        following = models.velocity(children, sigma_next)
+        flat = predict_x0(children.flatten(0, 1), following.flatten(0, 1), sigma_next)
+        preview = flat.unflatten(0, children.shape[:2])
+    if search.score_at == "clean" and preview is not None:
+        opinions, states = models.opinions(preview, 0.0, preview)
+    else:
+        opinions, states = models.opinions(*_as_seen(search, children, step, sigmas, models.device), preview)
+    scores = COMBINE[search.combine](opinions)
+    keep = SELECT[search.mode](scores, count, search, rngs)  # [I, N']
+
+    # What was computed for them serves the next step.
+    kept = _rows(children, keep)
+    known = None
+    if following is not None:
+        known = _rows(following, keep)
+    elif states is not None and sigma_next > 0:
+        where = keep + torch.arange(len(keep), device=keep.device)[:, None] * children.shape[1]
+        known = models.velocity_from(states, kept, where, sigma_next)
+    marked = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, keep, True)
+    shown = preview.cpu() if trace and preview is not None else None
+    candidates = Candidates(step, sigma, sigma_next, scores.cpu(), marked.cpu(), shown)
+    return Taken(kept, known, _rows(opinions, keep), candidates)
+
+
+def draw_children(
+    models: Models,
+    search: Search,
+    x: Tensor,
+    velocity: Tensor,
+    step: int,
+    sigmas: Tensor,
+    k: int,
+    rngs: Sequence[torch.Generator],
+) -> Tensor:
+    """k draws of the next state of each trajectory: [I, N, C, H, W] -> [I, N * k, C, H, W]."""
+    law = STEP_RULES[search.rule()](
+        x.flatten(0, 1),
+        velocity.flatten(0, 1),
+        float(sigmas[step]),
+        float(sigmas[step + 1]),
+        noise_level=search.noise_level,
+        sigma_max=float(sigmas[1]),
+    )
+    mean = law.mean.unflatten(0, x.shape[:2])
+    if search.rule() == "ode":
+        return mean
+    z = models.noise(rngs, x.shape[1] * k, x.shape[2:])  # [I, N * k, C, H, W]
+    return mean.repeat_interleave(k, dim=1) + law.std.reshape(-1, 1, 1, 1, 1)[0] * z
+
+
+def _as_seen(
+    search: Search, children: Tensor, step: int, sigmas: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The children [I, M, C, H, W] as a reward model should see them, and their noise level [1]."""
+    level = torch.tensor([float(sigmas[step + 1])], device=device)
+    if not search.correct_noise or search.rule() == "ode":
+        return children, level
+    flat, level = corrected(
+        children.flatten(0, 1), search.rule(), float(sigmas[step]), float(sigmas[step + 1]),
+        noise_level=search.noise_level, sigma_max=float(sigmas[1]),
+    )  # fmt: skip
+    return flat.unflatten(0, children.shape[:2]), level
+
+
+def best(scores: Tensor, count: int, search: Search, rngs: Sequence[torch.Generator]) -> Tensor:
+    """Positions [I, count] of the highest of scores [I, M]."""
+    return scores.argmax(1, keepdim=True) if count == 1 else scores.topk(count, dim=1).indices
+
+
+def resample(scores: Tensor, count: int, search: Search, rngs: Sequence[torch.Generator]) -> Tensor:
+    """Positions [I, M] by systematic resampling of each picture whose effective sample size is low.
+
+    The weight of a trajectory is exp(score / temperature) of the state where it is now: the twisted target of Feynman-Kac
+    steering, so that what was earned before is not counted again.
+    """
+    n = scores.shape[1]
+    p = torch.softmax(scores.double() / search.temperature, dim=1).cpu()
+    effective = 1 / p.square().sum(1) / n
+    keep = torch.arange(n).expand(len(scores), n).clone()
+    for i, rng in enumerate(rngs):
+        if effective[i] < search.ess_threshold:
+            points = (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(n)) / n
+            keep[i] = torch.searchsorted(p[i].cumsum(0), points).clamp(max=n - 1)
+    return keep.to(scores.device)
+
+
+Select = Callable[[Tensor, int, Search, Sequence[torch.Generator]], Tensor]
+SELECT: dict[str, Select] = {"stepwise": best, "beam": best, "halving": best, "smc": resample}
+"""Who lives on, by mode: rule(scores [I, M], how many, search, rngs) -> positions [I, N']."""
+MODES = ("plain", "best-of-n", *SELECT)
 
 
 def _rows(x: Tensor, keep: Tensor) -> Tensor:
     """x [I, M, ...] at keep [I, N] -> [I, N, ...]."""
     return x[torch.arange(len(x), device=x.device)[:, None], keep]
-
-
-@dataclass
-class StepChoice:
-    """One step of a search: candidates, scores, and who lives on."""
-
-    reward: RewardModel | None
-    reward_cond: PromptEmbeds | None
-    search: Search
-    calls: Calls
-    trace: bool
-    device: torch.device
-    states: list[Tensor] | None = field(default=None, init=False)
-    """Image tokens, context and time embedding [I * M, ...] behind the reward model's last block, where they are shared."""
-
-    def advance(
-        self, x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, rngs: list[torch.Generator]
-    ) -> tuple[Tensor, Candidates | None]:
-        """The particles [I, N, C, H, W] of the next noise level, and what was scored if there was a choice.
-
-        velocity: the model's at x. sigmas: the whole schedule [n + 1]. Raises RunError when latents are not finite.
-        """
-        search, sigma, sigma_next = self.search, float(sigmas[step]), float(sigmas[step + 1])
-        # The last step of CPS takes no noise: all candidates would be one.
-        branching = search.branches(step, sigma) and (sigma_next > 0 or search.rule() != "cps")
-        k = search.num_candidates if branching else 1
-        children = self.children(x, velocity, step, sigmas, k, rngs)  # [I, N * K, C, H, W]
-        if not bool(torch.isfinite(children).all()):
-            raise RunError(
-                f"step {step} of {len(sigmas) - 1}: latents are not finite",
-                hint="use --dtype fp32 or bf16, or a lower guidance scale",
-            )
-        if self.reward is None or not self.scores_here(sigma_next, branching, children.shape[1]):
-            return children, None
-        score, following, preview = self.score(children, step, sigmas)
-        keep = self.select(score, sigma_next, rngs)
-        self.keep_velocity(following, keep, children, sigma_next)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, keep, True)
-        return _rows(children, keep), Candidates(step, sigma, sigma_next, score.cpu(), kept.cpu(), preview)
-
-    def keep_velocity(self, following: Tensor | None, keep: Tensor, children: Tensor, sigma: float) -> None:
-        """Velocities that had to be computed at the children: those of the kept ones serve the next step."""
-
-    def velocity(self, x: Tensor, sigma: float) -> Tensor:
-        raise RunError("scoring predicted clean latents needs the generator", hint="use score_at noisy, or drm sample")
-
-    def noise(self, rngs: list[torch.Generator], count: int, shape: Sequence[int]) -> Tensor:
-        """[I, count, C, H, W] from each picture's own source."""
-        return torch.stack([torch.randn((count, *shape), generator=rng) for rng in rngs]).to(self.device)
-
-    def rewards(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """Scores [I, N] of latents [I, N, C, H, W] in micro-batches."""
-        reward, conditions = self.reward, self.reward_cond
-        assert reward is not None
-        assert conditions is not None
-        self.calls.reward += x.shape[0] * x.shape[1]
-        owner = torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])
-
-        parts: list[list[Tensor]] = []
-
-        def some(index: Tensor) -> Tensor:
-            flat, cond = x.flatten(0, 1)[index], conditions[owner[index]]
-            if not self.search.share:
-                return reward.score(flat, sigma, cond)
-            if int(index[0]) == 0:  # the first part, perhaps once more after memory did not suffice
-                parts.clear()
-            parts.append([])
-            return reward.score(flat, sigma, cond, states=parts[-1])
-
-        scores = self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])
-        self.states = [torch.cat(each) for each in zip(*parts)] if self.search.share else None
-        return scores
-
-    def _in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        while True:
-            try:
-                parts = torch.arange(count, device=self.device).split(self.search.max_batch)
-                return torch.cat([run(part) for part in parts])
-            except torch.OutOfMemoryError:
-                if self.search.max_batch == 1:
-                    raise
-                self.search.max_batch //= 2
-                torch.cuda.empty_cache()
-
-    def children(
-        self, x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, k: int, rngs: list[torch.Generator]
-    ) -> Tensor:
-        """k draws of the next state of each particle: [I, N, C, H, W] -> [I, N * k, C, H, W]. They share one velocity."""
-        law = STEP_RULES[self.search.rule()](
-            x.flatten(0, 1),
-            velocity.flatten(0, 1),
-            float(sigmas[step]),
-            float(sigmas[step + 1]),
-            noise_level=self.search.noise_level,
-            sigma_max=float(sigmas[1]),
-        )
-        if self.search.rule() == "ode":
-            return law.mean.unflatten(0, x.shape[:2])
-        z = self.noise(rngs, x.shape[1] * k, x.shape[2:])  # [I, N * k, C, H, W]
-        mean = law.mean.unflatten(0, x.shape[:2]).repeat_interleave(k, dim=1)
-        std = law.std.reshape(-1, 1, 1, 1, 1)[0]
-        return mean + std * z
-
-    def scores_here(self, sigma_next: float, branching: bool, children: int) -> bool:
-        """Is there anything to choose among at this step?"""
-        mode = self.search.mode
-        if mode in ("stepwise", "beam"):
-            return children > 1 and branching
-        if mode == "halving":
-            return children > 1 and self._halvings_passed(sigma_next) > math.log2(self.search.num_candidates / children)
-        return mode == "smc" and sigma_next > 0
-
-    def _halvings_passed(self, sigma: float) -> int:
-        return sum(sigma <= level for level in self.search.halving_sigmas)
-
-    def score(self, children: Tensor, step: int, sigmas: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores [I, M], the velocities at the children where they had to be computed, and previews for a trace."""
-        search, sigma, sigma_next = self.search, float(sigmas[step]), float(sigmas[step + 1])
-        following = preview = None
-        if sigma_next > 0 and (search.score_at == "clean" or self.trace):
-            following = self.velocity(children, sigma_next)
-            preview = predict_x0(children.flatten(0, 1), following.flatten(0, 1), sigma_next).unflatten(
-                0, children.shape[:2]
-            )
-        elif self.trace:
-            preview = children
-        if search.score_at == "clean" and preview is not None:
-            return self.rewards(preview, 0.0), following, preview.cpu() if self.trace else None
-        seen, level = children, torch.tensor([sigma_next], device=self.device)
-        if search.correct_noise and search.rule() != "ode":
-            flat, level = corrected(
-                children.flatten(0, 1),
-                search.rule(),
-                sigma,
-                sigma_next,
-                noise_level=search.noise_level,
-                sigma_max=float(sigmas[1]),
-            )
-            seen = flat.unflatten(0, children.shape[:2])
-        kept_preview = preview.cpu() if self.trace and preview is not None else None
-        return self.rewards(seen, level), following, kept_preview
-
-    def select(self, score: Tensor, sigma_next: float, rngs: list[torch.Generator]) -> Tensor:
-        """Positions [I, N] of the children that live on."""
-        search = self.search
-        if search.mode == "stepwise":
-            return score.argmax(1, keepdim=True)
-        if search.mode == "beam":
-            return score.topk(search.num_beams, dim=1).indices
-        if search.mode == "halving":
-            left = max(1, search.num_candidates >> self._halvings_passed(sigma_next))
-            return score.topk(min(left, score.shape[1]), dim=1).indices
-        return self._resample(score, rngs)
-
-    def _resample(self, score: Tensor, rngs: list[torch.Generator]) -> Tensor:
-        """Systematic resampling of each picture whose effective sample size is low.
-
-        The weight of a particle is exp(score / temperature) of the state where it is now: the twisted target of
-        Feynman-Kac steering, so that what was earned before is not counted again.
-        """
-        n = score.shape[1]
-        p = torch.softmax(score.double() / self.search.temperature, dim=1).cpu()
-        effective = 1 / p.square().sum(1) / n
-        keep = torch.arange(n).expand(len(score), n).clone()
-        for i, rng in enumerate(rngs):
-            if effective[i] < self.search.ess_threshold:
-                points = (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(n)) / n
-                keep[i] = torch.searchsorted(p[i].cumsum(0), points).clamp(max=n - 1)
-        return keep.to(score.device)
-
-
-@dataclass
-class _Loop(StepChoice):
-    """Steps that compute their own velocities."""
-
-    generator: Generator
-    cond: PromptEmbeds
-    negative: PromptEmbeds | None
-    following: Tensor | None = None
-    """Velocities of the particles that were kept, where they are known already."""
-
-    def keep_velocity(self, following: Tensor | None, keep: Tensor, children: Tensor, sigma: float) -> None:
-        if following is not None:
-            self.following = _rows(following, keep)
-        elif self.states is not None and sigma > 0:
-            self.following = self._go_on(
-                _rows(children, keep),
-                keep + torch.arange(len(keep), device=keep.device)[:, None] * children.shape[1],
-                sigma,
-            )
-        self.states = None
-
-    def _go_on(self, x: Tensor, where: Tensor, sigma: float) -> Tensor:
-        """Velocities of kept particles x [I, N, C, H, W] whose shared states are at `where` [I, N]."""
-        assert self.states is not None
-        assert self.reward is not None
-        states, rows = self.states, where.flatten()
-        first = len(self.reward.transformer.transformer_blocks)
-        self.calls.shared += len(rows)
-        size = x.shape[-2], x.shape[-1]
-        v = self._in_batches(
-            lambda i: self.generator.velocity_from([s[rows[i]] for s in states], first, *size), len(rows)
-        )
-        v = v.unflatten(0, x.shape[:2])
-        if self.negative is None or self.search.guidance_scale == 1.0:
-            return v
-        self.calls.generator += len(rows)
-        flat, negative = x.flatten(0, 1), self.negative
-
-        def without(i: Tensor) -> Tensor:
-            blank = PromptEmbeds(
-                negative.prompt_embeds.expand(len(i), -1, -1), negative.pooled_prompt_embeds.expand(len(i), -1)
-            )
-            return self.generator.velocity(flat[i], sigma, blank)
-
-        u = self._in_batches(without, len(rows)).unflatten(0, x.shape[:2])
-        return u + self.search.guidance_scale * (v - u)
-
-    def velocity(self, x: Tensor, sigma: float) -> Tensor:
-        """[I, N, C, H, W] -> the same, in micro-batches."""
-        guided = self.negative is not None and self.search.guidance_scale != 1.0
-        self.calls.generator += x.shape[0] * x.shape[1] * (2 if guided else 1)
-        owner = torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])
-
-        def some(index: Tensor) -> Tensor:
-            return self.generator.velocity(
-                x.flatten(0, 1)[index], sigma, self.cond[owner[index]], self.negative, self.search.guidance_scale
-            )
-
-        return self._in_batches(some, len(owner)).unflatten(0, x.shape[:2])

@@ -19,16 +19,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from drmcli.calls import Models
 from drmcli.errors import InputError
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
-from drmcli.sampling import Calls, Candidates, Search, StepChoice
+from drmcli.sampling import Candidates, Search, take_step
 
 
 class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
     """Keeps, at every step, the candidate that the reward model likes best. Make one with `from_pipe`."""
 
-    choice: StepChoice
+    models: Models
+    search: Search
     seeds: list[int]
     candidates: list[Candidates]
     """What was scored in the last call of the pipeline."""
@@ -62,8 +64,9 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         encoder = Generator(pipe, reward.config.base_model, revision=None, max_sequence_length=length)
         cond: PromptEmbeds = encoder.encode_prompts(prompts)
         scheduler = cls.from_config(pipe.scheduler.config)
-        options = Search(mode="stepwise", num_candidates=beams, step_rule=step_rule, noise_level=noise_level, **search)
-        scheduler.choice = StepChoice(reward, cond, options, Calls(), False, cond.prompt_embeds.device)
+        scheduler.search = Search(mode="stepwise", beams=beams, step_rule=step_rule, noise_level=noise_level, **search)
+        device = cond.prompt_embeds.device
+        scheduler.models = Models(None, reward, cond, cond, None, 1.0, scheduler.search.max_batch, device)
         scheduler.seeds = seeds
         scheduler._begin()
         return scheduler
@@ -75,7 +78,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
-        if hasattr(self, "choice"):
+        if hasattr(self, "models"):
             self._begin()
 
     def step(
@@ -98,12 +101,12 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
                 f"StepwiseScheduler: made for {len(self.seeds)} pictures, called with {len(x)}",
                 hint="make one with the prompts, num_images_per_prompt and seeds of this call",
             )
-        kept, scored = self.choice.advance(
-            x[:, None], model_output.float()[:, None], step, self.sigmas.cpu(), self._rngs
+        taken = take_step(
+            self.models, self.search, x[:, None], model_output.float()[:, None], step, self.sigmas.cpu(), self._rngs
         )
-        if scored is not None:
-            self.candidates.append(scored)
-        self._state = kept[:, 0]
+        if taken.candidates is not None:
+            self.candidates.append(taken.candidates)
+        self._state = taken.x[:, 0]
         self._step_index += 1
         prev = self._state.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev) if return_dict else (prev,)

@@ -48,7 +48,7 @@ def test_comparison_of_sampling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = [tmp_path, "--prompts", 2, "--seeds", 2, "--only", "k=2 CPS a=0.9"]
-    run("compare_sampling.py", *args, monkeypatch=monkeypatch)
+    run("studies/compare_sampling.py", *args, monkeypatch=monkeypatch)
     rows = pd.read_parquet(tmp_path / "comparison-guidance-1.parquet").set_index("way")
     assert len(rows) == 3
     # 10 steps, 9 of them with 2 candidates for 2/3 of a generator's cost each, and the final score.
@@ -58,7 +58,7 @@ def test_comparison_of_sampling(
 
 def test_times_of_the_comparison_of_alignment() -> None:
     """A judge of 0.5, 0.7, 0.6 at 0, 10 and 20 seconds: 0.6 is reached half-way to the second point, 0.8 never."""
-    made = runpy.run_path(str(ROOT / "examples" / "compare_alignment.py"), run_name="example")
+    made = runpy.run_path(str(ROOT / "examples" / "studies" / "compare_alignment.py"), run_name="example")
     summary = {"history": [{"seconds": s, "judge": j} for s, j in ((0, 0.5), (10, 0.7), (20, 0.6))]}
     assert made["reached"](summary, 0.6) == pytest.approx(5)
     assert made["reached"](summary, 0.5) == 0
@@ -67,7 +67,7 @@ def test_times_of_the_comparison_of_alignment() -> None:
 
 
 def test_the_dataset_of_the_overhead_is_in_the_published_layout(tmp_path: Path) -> None:
-    made = runpy.run_path(str(ROOT / "examples" / "overhead.py"), run_name="example")
+    made = runpy.run_path(str(ROOT / "examples" / "studies" / "overhead.py"), run_name="example")
     made["write_hpdv2"](tmp_path / "hpdv2", prompts=3)
     data = read("hpdv2", data_dir=tmp_path / "hpdv2")
     assert (len(data.prompts), len(data.images), len(data)) == (3, 27, 3 * 36)

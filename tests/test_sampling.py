@@ -17,7 +17,7 @@ from drmcli.recipes.sample import picture_text
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions
-from drmcli.sampling import Calls, Search, StepChoice, sample
+from drmcli.sampling import Search, resample, sample
 from drmcli.tiny import world
 
 PROMPTS = list(world.captions("test"))[:3]
@@ -47,9 +47,7 @@ def draw(generator: Generator, reward: RewardModel | None, seeds=(0, 1, 2), prom
 def test_noise_level_zero_is_the_diffusers_pipeline(
     generator: Generator, reward: RewardModel, mode: str, guidance: float
 ) -> None:
-    ours = draw(
-        generator, reward, mode=mode, num_candidates=1, noise_level=0.0, step_rule="cps", guidance_scale=guidance
-    )
+    ours = draw(generator, reward, mode=mode, beams=1, noise_level=0.0, step_rule="cps", guidance_scale=guidance)
     theirs = generator.pipe(
         PROMPTS,
         num_inference_steps=5,
@@ -70,7 +68,14 @@ def test_sigmas_are_the_schedulers(generator: Generator) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "best-of-n", "stepwise", "beam", "halving", "smc"])
 def test_a_picture_does_not_depend_on_its_batch(generator: Generator, reward: RewardModel, mode: str) -> None:
-    search = {"mode": mode, "num_candidates": 4, "num_beams": 2, "max_batch": 5, "temperature": 0.01}
+    search = {
+        "mode": mode,
+        "beams": 4,
+        "starts": 4 if mode != "beam" else 2,
+        "keep": 2,
+        "max_batch": 5,
+        "temperature": 0.01,
+    }
     whole = draw(generator, reward, **search)
     for i in range(3):
         alone = draw(generator, reward, seeds=[i], prompts=[PROMPTS[i]], **search)
@@ -79,14 +84,14 @@ def test_a_picture_does_not_depend_on_its_batch(generator: Generator, reward: Re
 
 
 def test_one_candidate_is_plain_sampling(generator: Generator, reward: RewardModel) -> None:
-    a = draw(generator, reward, mode="stepwise", num_candidates=1, step_rule="cps", noise_level=0.7)
+    a = draw(generator, reward, mode="stepwise", beams=1, step_rule="cps", noise_level=0.7)
     b = draw(generator, reward, mode="plain", step_rule="cps", noise_level=0.7)
     assert torch.equal(a.latents, b.latents)
     assert a.candidates == []
 
 
 def test_the_best_candidate_is_kept(generator: Generator, reward: RewardModel) -> None:
-    out = draw(generator, reward, mode="stepwise", num_candidates=4)
+    out = draw(generator, reward, mode="stepwise", beams=4)
     assert len(out.candidates) == 4, "five steps, the last without noise"
     for step in out.candidates:
         assert step.score.shape == (3, 4)
@@ -103,7 +108,7 @@ def test_shared_blocks_change_the_cost_alone(
     frozen = RewardModel.from_generator(
         str(generator_folder), backbone="frozen", drop_layers=2, head_width=8, seed=1
     ).eval()
-    flags = {"mode": mode, "num_candidates": 3, "num_beams": 2, "guidance_scale": guidance, "max_batch": 5}
+    flags = {"mode": mode, "beams": 3, "keep": 2, "guidance_scale": guidance, "max_batch": 5}
     apart = draw(generator, frozen, **flags)
     shared = draw(generator, frozen, **flags, share=True)
     torch.testing.assert_close(shared.latents, apart.latents, atol=1e-4, rtol=0)
@@ -121,25 +126,25 @@ def test_calls_are_counted(generator: Generator, reward: RewardModel) -> None:
     assert (plain.calls.generator, plain.calls.reward) == (15, 3)
     guided = draw(generator, reward, guidance_scale=2.0)
     assert guided.calls.generator == 30
-    stepwise = draw(generator, reward, mode="stepwise", num_candidates=4)
+    stepwise = draw(generator, reward, mode="stepwise", beams=4)
     assert (stepwise.calls.generator, stepwise.calls.reward) == (15, 3 * 4 * 4 + 3)
-    several = draw(generator, reward, mode="best-of-n", num_candidates=4)
+    several = draw(generator, reward, mode="best-of-n", starts=4)
     assert (several.calls.generator, several.calls.reward) == (60, 12)
-    window = draw(generator, reward, mode="stepwise", num_candidates=4, branch_steps=(0, 1))
+    window = draw(generator, reward, mode="stepwise", beams=4, branch_steps=(0, 1))
     assert window.calls.reward == 3 * 4 * 2 + 3
-    early = draw(generator, reward, mode="stepwise", num_candidates=4, branch_sigmas=(0.9, 1.0))
+    early = draw(generator, reward, mode="stepwise", beams=4, branch_sigmas=(0.9, 1.0))
     assert [c.step for c in early.candidates] == [s for s in range(5) if generator.sigmas(5)[s] >= 0.9]
 
 
 def test_best_of_n_keeps_the_best_of_its_own(generator: Generator, reward: RewardModel) -> None:
     """The first of the N trajectories is plain sampling's, so the best is never worse."""
-    plain, best = draw(generator, reward), draw(generator, reward, mode="best-of-n", num_candidates=4)
+    plain, best = draw(generator, reward), draw(generator, reward, mode="best-of-n", starts=4)
     assert (best.score >= plain.score - 1e-4).all()
     assert (best.score > plain.score + 1e-4).any()
 
 
 def test_halving_drops_the_worse_half(generator: Generator, reward: RewardModel) -> None:
-    out = draw(generator, reward, mode="halving", num_candidates=8, halving_sigmas=(0.95, 0.8))
+    out = draw(generator, reward, mode="halving", starts=8, halving_sigmas=(0.95, 0.8))
     assert [c.score.shape[1] for c in out.candidates] == [8, 4]
     assert [int(c.kept.sum()) for c in out.candidates] == [12, 6]
     for c in out.candidates:
@@ -150,17 +155,16 @@ def test_halving_drops_the_worse_half(generator: Generator, reward: RewardModel)
 
 def test_clean_scores_reuse_their_velocity(generator: Generator, reward: RewardModel) -> None:
     """Each candidate needs a velocity to be seen clean; the kept one's serves the next step: 1 + 3 x 4 + last 0 + ..."""
-    out = draw(generator, reward, seeds=[0], mode="stepwise", num_candidates=4, score_at="clean")
+    out = draw(generator, reward, seeds=[0], mode="stepwise", beams=4, score_at="clean")
     assert out.calls.generator == 1 + 4 * 4
-    other = draw(generator, reward, seeds=[0], mode="stepwise", num_candidates=4)
+    other = draw(generator, reward, seeds=[0], mode="stepwise", beams=4)
     assert (out.latents - other.latents).abs().max() > 1e-3
 
 
 def test_resampling_follows_the_weights() -> None:
     """One particle has e^10 times the weight of the others: it takes every place. Equal weights stay as they are."""
-    choice = StepChoice(None, None, Search(mode="smc", num_candidates=4), Calls(), False, torch.device("cpu"))
     rngs = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
-    keep = choice._resample(torch.tensor([[0.0, 10.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), rngs)
+    keep = resample(torch.tensor([[0.0, 10.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), 4, Search(mode="smc"), rngs)
     assert keep.tolist() == [[1, 1, 1, 1], [0, 1, 2, 3]]
 
 
@@ -177,7 +181,7 @@ def test_corrected_noise_is_what_the_model_is_told(generator: Generator, reward:
             return original(reward, latents, sigma, cond)
 
     for correct in (False, True):
-        draw(generator, Told(), seeds=[0], mode="stepwise", num_candidates=2, step_rule="flow-sde", noise_level=0.7,
+        draw(generator, Told(), seeds=[0], mode="stepwise", beams=2, step_rule="flow-sde", noise_level=0.7,
              correct_noise=correct)  # type: ignore[arg-type]  # fmt: skip
     sigmas = generator.sigmas(5)[1:].tolist()
     half = len(told) // 2
@@ -200,7 +204,7 @@ def test_the_scheduler_in_a_stock_pipeline_is_our_sampler(
     from drmcli.scheduler import StepwiseScheduler
 
     pipe, seeds = generator.pipe, [3, 4]
-    ours = draw(generator, reward, seeds=seeds, mode="stepwise", num_candidates=3, guidance_scale=guidance)
+    ours = draw(generator, reward, seeds=seeds, mode="stepwise", beams=3, guidance_scale=guidance)
     scheduler = StepwiseScheduler.from_pipe(pipe, reward, prompt=PROMPTS[:2], beams=3, seed=seeds)
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     for _ in range(2):  # a second call starts anew

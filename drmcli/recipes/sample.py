@@ -21,13 +21,14 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from drmcli import results
+from drmcli.calls import Calls
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
-from drmcli.sampling import Calls, Candidates, Samples, Search, sample
+from drmcli.sampling import Candidates, Samples, Search, sample
 
 TILE = 128
 """Side of a picture in the grid and of a candidate in the tree, pixels."""
@@ -155,8 +156,9 @@ class Studio:
             guidance_scale=config.guidance_scale,
             step_rule=config.step_rule,
             noise_level=config.noise_level,
-            num_candidates=config.beams,
-            num_beams=config.keep,
+            beams=config.beams,
+            starts=None if config.mode == "beam" else config.beams,
+            keep=config.keep,
             branch_sigmas=(config.branch_sigmas[0], config.branch_sigmas[1]),
             branch_steps=None if config.branch_steps is None else (config.branch_steps[0], config.branch_steps[-1]),
             score_at=config.score_at,

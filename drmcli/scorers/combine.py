@@ -33,6 +33,78 @@ class Term:
     weight: float
 
 
+def _agreement(opinions: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [I, 1] of all opinions [I, M, R], and what each scorer says of a candidate beyond its own mean [I, M, R].
+
+    Scores of reward models mean something only by their differences for one prompt, so scorers are compared by those.
+    """
+    return opinions.mean((1, 2))[:, None], opinions - opinions.mean(1, keepdim=True)
+
+
+def least(opinions: Tensor) -> Tensor:
+    """[I, M, R] -> [I, M]: what the scorer says that likes a candidate least, relative to its own mean over the candidates."""
+    level, apart = _agreement(opinions)
+    return level + apart.amin(-1)
+
+
+def mean_less_spread(opinions: Tensor) -> Tensor:
+    """[I, M, R] -> [I, M]: the mean less the standard deviation over scorers, each relative to its own mean."""
+    level, apart = _agreement(opinions)
+    return level + apart.mean(-1) - apart.std(-1, unbiased=False)
+
+
+COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda opinions: opinions.sum(-1),
+    "mean": lambda opinions: opinions.mean(-1),
+    "min": least,
+    "mean-std": mean_less_spread,
+}
+"""Weighted opinions [I, M, R] of a picture's candidates to one score [I, M] each."""
+
+
+@dataclass
+class Told:
+    """What several scorers are told of B prompts."""
+
+    texts: list[str]
+    conds: list[PromptEmbeds]
+    """One a state scorer, in their order."""
+
+    def __getitem__(self, index: Tensor) -> Told:
+        return Told([self.texts[i] for i in index.tolist()], [cond[index] for cond in self.conds])
+
+
+@dataclass
+class Combined:
+    """Several scorers as a reward of a search."""
+
+    terms: list[Term]
+    decode: Callable[[Tensor], list[Image.Image]]
+    """Clean latents [B, C, H, W] to pictures."""
+
+    @property
+    def pictures(self) -> bool:
+        """Does any of them look at pictures?"""
+        return any(not isinstance(term.scorer, StateScorer) for term in self.terms)
+
+    def encode(self, prompts: Sequence[str], own: Callable[[StateScorer], PromptEmbeds | None]) -> Told:
+        """own: the generator's encoding where a scorer shares it, else None."""
+        states = [term.scorer for term in self.terms if isinstance(term.scorer, StateScorer)]
+        return Told(list(prompts), [found if (found := own(s)) is not None else s.encode(prompts) for s in states])
+
+    def score(self, latents: Tensor, sigma: float | Tensor, cond: Told, *, clean: Tensor | None = None) -> Tensor:
+        """Weighted opinions [B, R] of latents [B, C, H, W], of which `clean` are the clean latents that they point to."""
+        images = self.decode(latents if clean is None else clean) if self.pictures else []
+        found, conds = [], iter(cond.conds)
+        for term in self.terms:
+            if isinstance(term.scorer, StateScorer):
+                values = term.scorer.score(latents, sigma, next(conds))
+            else:
+                values = term.scorer.score_images(images, cond.texts).to(latents.device)
+            found.append(term.weight * values)
+        return torch.stack(found, -1)
+
+
 def parse_term(text: str) -> tuple[str, float]:
     """`REF=WEIGHT` as its parts; the weight is 1 where none is given."""
     ref, mark, weight = text.rpartition("=")

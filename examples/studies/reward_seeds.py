@@ -1,6 +1,6 @@
 """Three seeds of `drm train-reward`, pre-trained and randomly initialised, on the embedded world.
 
-    python examples/reward_seeds.py [FOLDER]
+    python examples/studies/reward_seeds.py [FOLDER]
 
 Prints each run's wall time (a process of its own, cache building included), the accuracy by noise level, and whether averaging
 four noise draws helps. Runs that are finished are not run again.

@@ -1,6 +1,6 @@
 """Step-wise GRPO against its baselines, each at its own best learning rate, on the embedded world.
 
-    python examples/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1]
+    python examples/studies/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1]
 
 Every algorithm is run with seed 0 at the same learning rates for the same training time; the best rate by the judge on validation
 prompts is then run with the other seeds. Printed: the judge on test prompts, which chose nothing, before and after; the best level

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at five random points, start it again each time, compare with an unbroken run.
 
-    python examples/kill_and_resume.py [train-reward|grpo|sample]... [--folder FOLDER]
+    python examples/studies/kill_and_resume.py [train-reward|grpo|sample]... [--folder FOLDER]
 
 Ends with 0 when the weights (or pictures and tables) of both are equal, byte for byte.
 """

@@ -1,6 +1,6 @@
 """What the tool costs beyond the model's own forward and backward passes, side by side in one run.
 
-    python examples/overhead.py
+    python examples/studies/overhead.py
 
 Ratios on the embedded model: `drm bench` on 1,000 pairs, and on a dataset of HPDv2's layout and size, against the bare passes of the
 same pictures (VAE, text encoders, reward model); a training step with a warm cache against the bare forward and backward of the
@@ -150,7 +150,7 @@ def sampling_ratio(pictures: int = 16, repeats: int = 5) -> None:
     generator = Generator.load(config.generator, max_sequence_length=config.max_sequence_length)
     reward = RewardModel.from_pretrained(config.reward)
     prompts = list(world.captions("test"))[:pictures]
-    search = Search(mode="stepwise", num_candidates=4, num_inference_steps=config.steps, max_batch=config.max_batch)
+    search = Search(mode="stepwise", beams=4, num_inference_steps=config.steps, max_batch=config.max_batch)
     cond = generator.encode_prompts(prompts)
     whole, bare = [], []
     for _ in range(repeats):

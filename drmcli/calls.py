@@ -1,0 +1,148 @@
+"""The models of a search, called in micro-batches and counted.
+
+Dimension letters: I pictures, N states of a picture, R scorers, C, H, W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from drmcli.errors import RunError
+from drmcli.generator import Generator
+
+
+class States(Protocol):
+    """A reward of noisy states: a `RewardModel`, a `StateScorer`, or several as one (`scorers.combine.Combined`)."""
+
+    def score(self, latents: Tensor, sigma: float | Tensor, cond: Any, **more: Any) -> Tensor:
+        """[B] or, of several scorers, [B, R]."""
+
+
+@dataclass
+class Calls:
+    """Latents that went through each model. Guidance counts twice."""
+
+    generator: int = 0
+    reward: int = 0
+    shared: int = 0
+    """Generator forwards that went on from the reward model's blocks."""
+
+    def cost(self, ratio: float) -> float:
+        """In forward passes of the generator, a reward call costing `ratio` of one."""
+        return self.generator + ratio * self.reward + (1 - ratio) * self.shared
+
+
+@dataclass
+class Models:
+    """Generator and reward with what they are told of I pictures."""
+
+    generator: Generator | None
+    """None where somebody else computes the velocities."""
+    reward: States | None
+    cond: Any
+    """The prompts for the generator; rows are picked by indexing."""
+    reward_cond: Any
+    """The prompts for the reward."""
+    negative: Any
+    """What guidance leads away from, one row; None is no guidance."""
+    guidance_scale: float
+    max_batch: int
+    """Latents in one forward pass; halved when memory does not suffice."""
+    device: torch.device
+    share: bool = False
+    """The reward is a head on the generator's own first blocks."""
+    pictures: bool = False
+    """The reward looks at pictures: it is given the clean latents that each state points to."""
+    calls: Calls = field(default_factory=Calls)
+
+    @property
+    def guided(self) -> bool:
+        return self.negative is not None and self.guidance_scale != 1.0
+
+    def noise(self, rngs: Sequence[torch.Generator], count: int, shape: Sequence[int]) -> Tensor:
+        """[I, count, C, H, W] from each picture's own source, so that no picture depends on its batch."""
+        return torch.stack([torch.randn((count, *shape), generator=rng) for rng in rngs]).to(self.device)
+
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        """[I, N, C, H, W] -> the same. Raises RunError where the search has no generator of its own."""
+        generator = self.generator
+        if generator is None:
+            raise RunError(
+                "scoring predicted clean latents needs the generator", hint="use score_at noisy, or drm sample"
+            )
+        self.calls.generator += x.shape[0] * x.shape[1] * (2 if self.guided else 1)
+        flat, owner = x.flatten(0, 1), self._owner(x)
+
+        def some(i: Tensor) -> Tensor:
+            return generator.velocity(flat[i], sigma, self.cond[owner[i]], self.negative, self.guidance_scale)
+
+        return self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
+
+    def opinions(
+        self, x: Tensor, sigma: float | Tensor, clean: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Scores [I, N, R] of latents [I, N, C, H, W]; and, with `share`, what the generator goes on from, [I * N, ...] each.
+
+        clean: the clean latents that the states point to, for rewards of pictures.
+        """
+        reward = self.reward
+        assert reward is not None
+        self.calls.reward += x.shape[0] * x.shape[1]
+        flat, owner = x.flatten(0, 1), self._owner(x)
+        seen = None if clean is None else clean.flatten(0, 1)
+        parts: list[list[Tensor]] = []
+
+        def some(i: Tensor) -> Tensor:
+            cond = self.reward_cond[owner[i]]
+            if self.pictures:
+                assert seen is not None
+                return reward.score(flat[i], sigma, cond, clean=seen[i])
+            if not self.share:
+                return reward.score(flat[i], sigma, cond)
+            if int(i[0]) == 0:  # the first part, perhaps once more after memory did not suffice
+                parts.clear()
+            parts.append([])
+            return reward.score(flat[i], sigma, cond, states=parts[-1])
+
+        scores = self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
+        states = [torch.cat(each) for each in zip(*parts)] if self.share else None
+        return (scores if scores.ndim == 3 else scores[..., None]), states
+
+    def velocity_from(self, states: list[Tensor], x: Tensor, where: Tensor, sigma: float) -> Tensor:
+        """Velocities of kept states x [I, N, C, H, W], whose shared states are at `where` [I, N] of all that were scored."""
+        generator, reward = self.generator, self.reward
+        assert generator is not None
+        assert reward is not None
+        rows = where.flatten()
+        first = len(reward.transformer.transformer_blocks)  # type: ignore[attr-defined]
+        self.calls.shared += len(rows)
+        size = x.shape[-2], x.shape[-1]
+        v = self.in_batches(lambda i: generator.velocity_from([s[rows[i]] for s in states], first, *size), len(rows))
+        v = v.unflatten(0, x.shape[:2])
+        if not self.guided:
+            return v
+        self.calls.generator += len(rows)
+        flat = x.flatten(0, 1)
+        u = self.in_batches(lambda i: generator.velocity(flat[i], sigma, self.negative[torch.zeros_like(i)]), len(rows))
+        u = u.unflatten(0, x.shape[:2])
+        return u + self.guidance_scale * (v - u)
+
+    def in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        """`run` of all positions, so many at once as memory allows."""
+        while True:
+            try:
+                return torch.cat([run(part) for part in torch.arange(count, device=self.device).split(self.max_batch)])
+            except torch.OutOfMemoryError:
+                if self.max_batch == 1:
+                    raise
+                self.max_batch //= 2
+                torch.cuda.empty_cache()
+
+    def _owner(self, x: Tensor) -> Tensor:
+        """[I * N] which picture a state belongs to."""
+        return torch.arange(len(x), device=self.device).repeat_interleave(x.shape[1])

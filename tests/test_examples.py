@@ -78,7 +78,7 @@ def test_configs_of_the_memory_plan(tmp_path: Path) -> None:
     from drmcli.config import resolve
     from drmcli.recipes import grpo, train_reward
 
-    made = runpy.run_path(str(ROOT / "examples" / "plan_sd35.py"), run_name="example")
+    made = runpy.run_path(str(ROOT / "examples" / "studies" / "plan_sd35.py"), run_name="example")
     made["write_configs"](tmp_path)
     flags = {"generator": str(tmp_path / "sd35"), "dtype": "bf16"}
     memory = train_reward.plan(resolve("train-reward", preset="sd35-medium", flags=flags))["memory"]

@@ -1,6 +1,6 @@
 """Memory plans of Stable Diffusion 3.5 Medium, from its published configs: no weights, no download, no GPU.
 
-    python examples/plan_sd35.py
+    python examples/studies/plan_sd35.py
 
 Builds a folder that holds only the configs, and asks every preset of that model for its plan, in bf16.
 """

@@ -7,7 +7,8 @@ Every file carries `drm_schema` (name and version) and `drm_run` in its metadata
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,40 @@ def write(path: Path, name: str, rows: Any, run_id: str) -> None:
 
 def read(path: Path) -> pd.DataFrame:
     """A table from its file, or from the part files of its folder in order. Raises InputError when there is none."""
-    files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    files = [file for _, file in parts_of(path)] if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise InputError(f"{path}: there is no table", hint="give a run folder of drm")
-    return pd.concat([pq.read_table(file).to_pandas() for file in files], ignore_index=True)
+    return pd.concat([_frame(file) for file in files], ignore_index=True)
+
+
+def parts_of(folder: Path) -> list[tuple[int, Path]]:
+    """Number and file of each part of a growing table, in order."""
+    found = [(re.fullmatch(r"part-(\d+)", file.stem), file) for file in folder.glob("part-*.parquet")]
+    return sorted((int(match[1]), file) for match, file in found if match)
+
+
+def _frame(file: Path) -> pd.DataFrame:
+    """A Parquet file. Raises InputError that names it when it is damaged."""
+    try:
+        return pq.read_table(file).to_pandas()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{file}: a damaged table ({' '.join(str(error).split())[:120]})",
+            hint="delete the file and run the command that made it again, or --overwrite",
+        ) from None
+
+
+def readable(file: Path, warn: Callable[[str], None]) -> bool:
+    """Is there a whole table? A damaged one is deleted with a warning: its work is done again."""
+    if not file.is_file():
+        return False
+    try:
+        _frame(file)
+    except InputError as error:
+        warn(f"{error.message}; what it held is done again")
+        file.unlink()
+        return False
+    return True
 
 
 class Parts:
@@ -135,6 +166,24 @@ class Parts:
             self.rows = []
 
     def drop_after(self, step: int) -> None:
-        for file in self.folder.glob("part-*.parquet"):
-            if int(file.stem.removeprefix("part-")) > step:
+        for number, file in parts_of(self.folder):
+            if number > step:
                 file.unlink()
+
+    def whole(self, warn: Callable[[str], None]) -> list[tuple[int, pd.DataFrame]]:
+        """Number and rows of the parts that an interrupted run left, in order, up to the first that is damaged.
+
+        That one and the later ones are deleted with a warning: their work is done again.
+        """
+        found: list[tuple[int, pd.DataFrame]] = []
+        for number, file in parts_of(self.folder):
+            try:
+                rows = _frame(file)
+                if list(rows.columns) != SCHEMAS[self.name].names:
+                    raise InputError(f"{file}: has other columns", hint="")
+            except InputError as error:
+                warn(f"{error.message}; what it held is done again")
+                self.drop_after(number - 1)
+                break
+            found.append((number, rows))
+        return found

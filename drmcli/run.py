@@ -7,15 +7,13 @@ A run is a folder with the resolved config, an environment snapshot, a log, metr
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,10 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
+from filelock import FileLock, Timeout
 
 from drmcli import config as configs
-from drmcli.errors import InputError, Interrupted, RunError
+from drmcli.errors import InputError, MissingError
+from drmcli.files import atomic_folder, damage, guarded, home, read_object, seal, still_there, write_bytes, write_text
+from drmcli.signals import Interruptions
+
+__all__ = [
+    "Interruptions", "Reporter", "Run", "Silent", "atomic_folder", "checkpoint_folder", "default_folder", "environment", "guarded",
+    "latest_checkpoint", "open_run", "retire_checkpoints", "seal", "seed_of", "write_bytes", "write_text",
+]  # fmt: skip
 
 FORGIVEN = {"out", "resume", "overwrite", "cache_dir", "fail_under"}
 """Config keys that may differ when a run goes on."""
@@ -69,16 +74,18 @@ class Run:
         self.reporter = reporter
         self.started = time.monotonic()
         self.finished: dict[str, Any] | None = None
-        self._lock: Any = None
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder, its parents made."""
         path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        still_there(path)
+        with guarded(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def log(self, text: str) -> None:
         """A line of log.txt with the time."""
+        still_there(self.folder / "log.txt")
         with guarded(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -96,11 +103,6 @@ class Run:
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         self.log("finished")
         return summary
-
-    def close(self) -> None:
-        if self._lock:
-            self._lock.close()
-            self._lock = None
 
 
 @contextlib.contextmanager
@@ -125,27 +127,58 @@ def open_run(command: str, config: Any, reporter: Reporter, *, main: bool = True
     with guarded(folder, flag="--out"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{flag}: a file, not a folder", hint="choose another --out")
+        made = [f for f in (folder, *folder.parents) if not f.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{flag}: another process is at work in this folder", hint="wait for it, or choose another --out"
+            ) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise InputError(
-            f"{flag}: another process is at work in this folder", hint="wait for it, or choose another --out"
-        ) from None
-    try:
-        run = _enter(folder, command, config, values, reporter, flag)
-        run._lock = lock
-        yield run
+        with home(folder):
+            yield _enter(folder, command, config, values, reporter, flag)
+    except (InputError, MissingError):
+        lock.release()
+        _withdraw(folder, made)
+        raise
     finally:
-        lock.close()
+        lock.release()
+
+
+STARTERS = {".lock", "config.yaml", "env.json", "log.txt"}
+"""What a run holds before it has done anything."""
+
+
+def has_results(folder: Path) -> bool:
+    """Does the folder hold more than what a run starts with?"""
+    return any(f.name not in STARTERS for f in folder.iterdir())
+
+
+def _withdraw(folder: Path, made: list[Path]) -> None:
+    """Take back a run that came to nothing because of what it was given: a typo leaves no dead folder.
+
+    `made` are the folders that this call has made, the innermost first. One that was there before is left with its run, if it held one:
+    a run without results takes other options.
+    """
+    with contextlib.suppress(OSError):
+        if folder in made and not has_results(folder):
+            shutil.rmtree(folder)
+            for parent in made[1:]:
+                parent.rmdir()
 
 
 def _enter(folder: Path, command: str, config: Any, values: dict[str, Any], reporter: Reporter, flag: str) -> Run:
-    earlier = _earlier(folder)
+    """The run of a locked folder: begun, begun anew, or gone on with."""
     strangers = [f.name for f in folder.iterdir() if f.name != ".lock"]
-    if strangers and earlier is None:
+    try:
+        earlier = read_object(folder / "config.yaml", flag)
+    except InputError:
+        if not (config.overwrite and "run_id" in _env(folder)):
+            raise
+        earlier = {}
+    if strangers and (earlier is None or (earlier and "command" not in earlier)):
         raise InputError(
             f"{flag}: holds files that are no run ({strangers[0]}, ...)", hint="choose an empty or new folder"
         )
@@ -154,25 +187,36 @@ def _enter(folder: Path, command: str, config: Any, values: dict[str, Any], repo
             target = folder / name
             shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
         earlier = None
-    if earlier is not None:
-        if not config.resume:
-            raise InputError(
-                f"{flag}: already holds a run", hint="choose another --out, or --overwrite to start again there"
-            )
-        if earlier.get("command") != command:
-            raise InputError(f"{flag}: holds a run of `drm {earlier.get('command')}`", hint="choose another --out")
-        changed = [k for k in values if k not in FORGIVEN and earlier.get(k, values[k]) != values[k]]
-        if changed:
-            k = changed[0]
-            raise InputError(
-                f"{flag}: holds a run with {k} = {earlier.get(k)!r}, not {values[k]!r}",
-                hint="give the same options to go on, choose another --out, or --overwrite to start again there",
-            )
-        run = Run(folder, command, _env(folder).get("run_id", ""), resumed=True, reporter=reporter)
-        run.finished = _summary(folder, flag)
-        if run.finished is None:
-            run.note(f"going on with the unfinished run in {folder}")
-        return run
+    if earlier is None:
+        return _begin(folder, command, config, values, reporter)
+    if not config.resume:
+        raise InputError(
+            f"{flag}: already holds a run", hint="choose another --out, or --overwrite to start again there"
+        )
+    changed = [k for k in values if k not in FORGIVEN and earlier.get(k, values[k]) != values[k]]
+    if (changed or earlier.get("command") != command) and not has_results(folder):
+        return _begin(folder, command, config, values, reporter)
+    if earlier.get("command") != command:
+        raise InputError(f"{flag}: holds a run of `drm {earlier.get('command')}`", hint="choose another --out")
+    if changed:
+        k = changed[0]
+        raise InputError(
+            f"{flag}: holds a run with {k} = {earlier.get(k)!r}, not {values[k]!r}",
+            hint="give the same options to go on, choose another --out, or --overwrite to start again there",
+        )
+    run = Run(folder, command, str(_env(folder).get("run_id", "")), resumed=True, reporter=reporter)
+    run.finished = _summary(folder, flag)
+    if not run.id:
+        run.id = uuid.uuid4().hex[:12]
+        run.warn(f"{folder}: its env.json is damaged or missing, and was written anew")
+        write_text(folder / "env.json", json.dumps(environment(run.id, values.get("seed")), indent=2) + "\n")
+    if run.finished is None:
+        run.note(f"going on with the unfinished run in {folder}")
+    return run
+
+
+def _begin(folder: Path, command: str, config: Any, values: dict[str, Any], reporter: Reporter) -> Run:
+    """A new run, in a folder that holds no results."""
     run = Run(folder, command, uuid.uuid4().hex[:12], resumed=False, reporter=reporter)
     write_text(folder / "env.json", json.dumps(environment(run.id, values.get("seed")), indent=2) + "\n")
     write_text(folder / "config.yaml", configs.to_yaml(config, command))  # last: its presence makes the folder a run
@@ -181,28 +225,26 @@ def _enter(folder: Path, command: str, config: Any, values: dict[str, Any], repo
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:
-    """The config of the run in a folder, None where there is no run."""
+    """The config of the run in a folder, None where there is none that can be read."""
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        values = read_object(folder / "config.yaml", str(folder))
+    except InputError:
         return None
-    return values if isinstance(values, dict) and "command" in values else None
+    return values if values and "command" in values else None
 
 
 def _summary(folder: Path, flag: str) -> dict[str, Any] | None:
-    """The summary of a finished run, None while it is not finished."""
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except OSError:
-        return None
-    except ValueError:
-        raise InputError(f"{flag}: its summary.json is damaged", hint="--overwrite starts again there") from None
+    """The summary of a finished run, None while it is not finished. Raises InputError for one that is damaged."""
+    found = read_object(folder / "summary.json", flag)
+    if found is not None and "command" not in found:
+        raise InputError(f"{flag}: its summary.json is damaged", hint="--overwrite starts again there")
+    return found
 
 
 def _env(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "env.json").read_text())
-    except (OSError, ValueError):
+        return read_object(folder / "env.json", str(folder)) or {}
+    except InputError:
         return {}
 
 
@@ -242,113 +284,48 @@ def environment(run_id: str, seed: Any) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def guarded(path: Path, *, flag: str | None = None) -> Iterator[None]:
-    """Turn a failed write into one clear error: a full disk is a RunError, a forbidden place an InputError."""
-    where = f"{flag} {path}" if flag else str(path)
-    try:
-        yield
-    except PermissionError:
-        raise InputError(
-            f"{where}: no permission to write there", hint="choose a folder that you may write to with --out"
-        ) from None
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{where}: a part of this path is a file", hint="choose another --out") from None
-    except OSError as error:
-        if flag and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise InputError(f"{where}: cannot be written: {error.strerror}", hint="choose another --out") from None
-        hint = "make room (or choose another --out) and run the same command again; what was finished is kept"
-        raise RunError(f"{where}: cannot write: {error.strerror or error}", hint=hint) from error
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: a temporary name beside it, flushed, then renamed."""
-    with guarded(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for text."""
-    write_bytes(path, text.encode())
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears complete or not at all. Yields the temporary one to fill; an older one is replaced."""
-    part = path.with_name(f".{path.name}.part")
-    with guarded(path):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            part.rename(path)
-            shutil.rmtree(old)
-        else:
-            part.rename(path)
-
-
 def checkpoint_folder(run: Run, step: int) -> Path:
     """Where the checkpoint of a step is kept."""
     return run.folder / "checkpoints" / f"step-{step:06d}"
 
 
+def checkpoints(run: Run) -> list[tuple[int, Path]]:
+    """Step and folder of every checkpoint, oldest first, whole or not; other names in that folder are no business of drm's."""
+    folder = run.folder / "checkpoints"
+    found = [f for f in folder.glob("step-*") if f.is_dir() and re.fullmatch(r"step-\d+", f.name)]
+    return sorted((int(f.name.removeprefix("step-")), f) for f in found)
+
+
 def latest_checkpoint(run: Run) -> tuple[int, Path] | None:
-    """Step and folder of the newest complete checkpoint."""
-    found = sorted((run.folder / "checkpoints").glob("step-[0-9]*"))
-    return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else None
+    """Step and folder of the newest whole checkpoint; None where there is none at all.
+
+    A damaged one is told and passed over for an older one. Raises InputError when every one is damaged.
+    """
+    found = checkpoints(run)
+    for step, folder in reversed(found):
+        why = damage(folder)
+        if why is None:
+            return step, folder
+        if step == found[0][0]:
+            raise InputError(
+                f"--out {run.folder}: {folder.name} is damaged ({why}), and there is no older checkpoint",
+                hint="--overwrite starts again there, or choose another --out",
+            )
+        run.warn(f"{folder} is damaged ({why}): going on from an older checkpoint")
+        aside = folder.with_name(f".{folder.name}.damaged")  # the newest ones are kept, and this one is none of them
+        with contextlib.suppress(OSError):  # another process of this run was quicker
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+    return None
 
 
 def retire_checkpoints(run: Run, keep: int, also: set[int]) -> None:
     """Delete all but the newest `keep` checkpoints and those of the steps in `also`."""
-    found = sorted((run.folder / "checkpoints").glob("step-[0-9]*"))
-    for folder in found[:-keep]:
-        if int(folder.name.removeprefix("step-")) not in also:
+    for step, folder in checkpoints(run)[:-keep]:
+        if step not in also:
             gone = folder.with_name(f".{folder.name}.old")
             folder.rename(gone)
             shutil.rmtree(gone)
-
-
-class Interruptions:
-    """Ctrl-C and SIGTERM asked for a stop: the loop looks at `asked` when a step is done. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruptions:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller's own handling stays
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def stop(self, done: str) -> Interrupted:
-        """The error to raise once everything is saved."""
-        return Interrupted(f"interrupted: {done}", hint="run the same command again to go on")
 
 
 def seed_of(*parts: object) -> int:

@@ -10,7 +10,9 @@ from drmcli.cli import options as o
 
 
 def show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run folder (default: the newest in runs/).")
+    ] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -19,31 +21,51 @@ def show(
 
     [bold]Examples[/]
 
+      drm show
+
       drm show runs/demo
 
       drm show runs/demo/train-pretrained --json
     """
     from drmcli.cli import render
     from drmcli.cli.output import show_json, stdout
+    from drmcli.errors import InputError
     from drmcli.recipes import show as recipe
 
+    run = run or recipe.newest()
     found = recipe.gather(run)
     report = recipe.write_report(found)
     if as_json:
-        tables = {name: len(table) for name, table in found["tables"].items()}
-        show_json({"run": run, "report": str(report), "summary": found["summary"], "tables": tables})
-        return
-    if quiet:
+        tables = {name: len(table) for name, table in found.tables.items()}
+        more = {"problems": found.problems} if found.problems else {}
+        show_json({"run": run, "report": str(report), "summary": found.summary, "tables": tables} | more)
+    elif quiet:
         print(run)
-        return
-    command = found["config"]["command"]
-    if found["summary"] and command in render.SUMMARIES:
-        render.SUMMARIES[command](found["summary"])
-    for name, table in found["tables"].items():
-        made = render.table(f"\n{name}: {len(table)} rows, the last of them", *map(str, table.columns))
-        for _, row in table.tail(5).iterrows():
-            made.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-        stdout().print(made)
-    if not found["summary"]:
-        stdout().print("not finished: run the same command again to go on")
-    stdout().print(f"report: {report}")
+    else:
+        if found.summary and found.command in render.SUMMARIES:
+            try:
+                render.SUMMARIES[found.command](found.summary)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                found.problems.append(f"RUN {run}: its summary.json lacks {error}")
+        for name, table in found.tables.items():
+            columns = [c for c in COLUMNS.get(name, table.columns) if c in table.columns] or list(table.columns)
+            made = render.table(f"\n{name}: {len(table)} rows, the last of them", *map(str, columns))
+            for _, row in table.tail(5).iterrows():
+                made.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+            stdout().print(made)
+        if not found.finished:
+            stdout().print("not finished: run the same command again to go on")
+        stdout().print(f"report: {report}")
+    if found.problems:
+        raise InputError("; ".join(found.problems), hint="the rest is shown; run the command again with --overwrite")
+
+
+COLUMNS = {
+    "metrics": ("step", "update", "loss", "accuracy", "reward_mean", "group_std", "kl", "grad_norm", "lr", "seconds"),
+    "pairs": ("prompt", "sigma", "chosen", "rejected", "label", "score_chosen", "score_rejected"),
+    "scores": ("image", "sigma", "score", "prompt"),
+    "images": ("path", "score", "seed", "prompt"),
+    "candidates": ("image_id", "step", "sigma", "candidate", "score", "kept"),
+    "rollouts": ("update", "step", "sigma", "candidate", "score", "advantage", "kept", "prompt"),
+}
+"""Columns of a run's tables that say most; a table that is not named shows all."""

@@ -308,10 +308,14 @@ def score_items(
     scores = np.full((total, len(sigmas)), np.nan)
     parts = results.Parts(folder.folder / "partial" / name, "partial_scores", folder.id)
     done = 0
-    if any(parts.folder.glob("part-*.parquet")):
-        earlier = results.read(parts.folder)
+    for number, earlier in parts.whole(folder.warn):
+        if (
+            int(earlier["item"].min()) != done or number > total
+        ):  # a part is missing: this one and what follows is scored again
+            parts.drop_after(done)
+            break
         scores[earlier["item"], earlier["column"]] = earlier["score"]
-        done = int(earlier["item"].max()) + 1
+        done = number
     unsaved = done
     for start in range(done, total, config.batch_size):
         index = np.arange(start, min(start + config.batch_size, total))

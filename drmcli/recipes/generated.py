@@ -150,7 +150,7 @@ def run_prompts(config: Bench, folder: Run, device: torch.device, dtype: torch.d
             scores = {}
             for way, summary in drawn.items():
                 part = folder.path("partial", f"{number}-{way}.parquet")
-                if not part.is_file():
+                if not results.readable(part, folder.warn):
                     values = score_pictures(ref, summary["images"], config, folder, device, dtype)
                     results.write(
                         part, "generated", _rows(config, ways[way], summary["images"], ref, values), folder.id
@@ -283,7 +283,10 @@ def run_geneval(config: Bench, folder: Run, device: torch.device) -> dict[str, A
     check_labels(detector, [c.label for s in shown for c in (*s.item.include, *s.item.exclude)])
     parts = results.Parts(folder.folder / "partial" / "geneval", "geneval", folder.id)
     size = config.batch_size
-    done = sum(1 for _ in parts.folder.glob("part-*.parquet")) * size
+    kept = [number for number, _ in parts.whole(folder.warn)]
+    done = next((i for i, number in enumerate(kept) if i != number), len(kept))
+    parts.drop_after(done - 1)
+    done *= size
     with Interruptions() as interruptions:
         for start in range(done, len(shown), size):
             some = shown[start : start + size]

@@ -58,6 +58,7 @@ from drmcli.run import (
     latest_checkpoint,
     open_run,
     retire_checkpoints,
+    seal,
     seed_of,
     write_text,
 )
@@ -680,6 +681,7 @@ class Aligner:
             with atomic_folder(checkpoint_folder(self.folder, self.update)) as part:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, part / "state.safetensors")
                 write_text(part / "state.json", json.dumps(state))
+                seal(part)
             retire_checkpoints(self.folder, self.config.keep_checkpoints, set())
         self.accelerator.wait_for_everyone()
 

@@ -25,6 +25,7 @@ from drmcli.calls import Calls
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
 from drmcli.errors import InputError
+from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
@@ -62,7 +63,7 @@ def run(config: Sample, reporter: Reporter) -> dict[str, Any]:
         images = results.Parts(folder.folder / "partial" / "images", "images", folder.id)
         candidates = results.Parts(folder.folder / "partial" / "candidates", "candidates", folder.id)
         counts = Counts.load(folder)
-        done = sum(1 for _ in images.folder.glob("part-*.parquet")) * config.batch_size
+        done = finished_batches(images, candidates, folder) * config.batch_size
         with Interruptions() as interruptions:
             for start in range(min(done, len(jobs)), len(jobs), config.batch_size):
                 some = jobs[start : start + config.batch_size]
@@ -85,6 +86,32 @@ def run(config: Sample, reporter: Reporter) -> dict[str, Any]:
                 if interruptions.asked and start + len(some) < len(jobs):
                     raise interruptions.stop(f"{start + len(some)} of {len(jobs)} pictures are in {folder.folder}")
         return finish(config, folder, studio, counts)
+
+
+def finished_batches(images: results.Parts, candidates: results.Parts, folder: Run) -> int:
+    """How many batches an interrupted run has left whole: rows, candidates and pictures. What comes after is drawn again."""
+    rows, scored = images.whole(folder.warn), {number for number, _ in candidates.whole(folder.warn)}
+    searched = bool(scored) or folder.path("partial", "candidates").is_dir()
+    done = 0
+    for number, table in rows:
+        damaged = next((path for path in table["path"] if not _opens(folder.folder / path)), None)
+        if damaged:
+            folder.warn(f"{folder.folder / damaged}: a damaged or missing picture, which is drawn again")
+        if number != done or damaged or (searched and number not in scored):
+            break
+        done += 1
+    images.drop_after(done - 1)
+    candidates.drop_after(done - 1)
+    return done
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for a PNG with a broken chunk
+        return False
+    return True
 
 
 def checked_prompts(config: Sample) -> list[str]:
@@ -284,8 +311,14 @@ class Counts:
 
     @classmethod
     def load(cls, folder: Run) -> Counts:
-        file = folder.folder / "partial" / "counts.json"
-        return cls(**json.loads(file.read_text())) if file.is_file() else cls()
+        try:
+            found = read_object(folder.folder / "partial" / "counts.json", f"--out {folder.folder}") or {}
+            return cls(**found)
+        except (InputError, TypeError):
+            folder.warn(
+                f"{folder.folder}: its counts are damaged: calls and seconds of earlier batches are not counted"
+            )
+            return cls()
 
 
 def _add_candidates(parts: results.Parts, jobs: list[Job], steps: list[Candidates]) -> None:

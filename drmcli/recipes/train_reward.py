@@ -58,6 +58,7 @@ from drmcli.run import (
     latest_checkpoint,
     open_run,
     retire_checkpoints,
+    seal,
     seed_of,
     write_text,
 )
@@ -400,6 +401,7 @@ class Trainer:
             with atomic_folder(target) as part:
                 self._save_state(part)
                 write_text(part / "best.txt", "" if self.best is None else f"{self.best[0]!r} {self.best[1]}")
+                seal(part)
             keep = set() if self.best is None else {self.best[1]}
             retire_checkpoints(self.folder, self.config.keep_checkpoints, keep)
         elif self.accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):

@@ -87,7 +87,7 @@ def test_a_sample(reward: RewardModel, generator_folder: Path) -> None:
     """Guided step-wise search: each kept candidate is an argmax, so a wrong choice shows at once."""
     generator = Generator.load(str(generator_folder), max_sequence_length=1)
     cond, negative = generator.encode_prompts(CAPTIONS[:2]), generator.encode_prompts([""])
-    search = Search(mode="stepwise", num_inference_steps=6, num_candidates=3, guidance_scale=3.0)
+    search = Search(mode="stepwise", num_inference_steps=6, beams=3, guidance_scale=3.0)
     drawn = sample(generator, reward, cond, cond, [0, 1], search, negative=negative, shape=(4, 16, 16))
     close(drawn.score, SAMPLE["score"], 1e-5)
     x = drawn.latents.double()

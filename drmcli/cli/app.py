@@ -8,7 +8,7 @@ import sys
 import typer
 
 from drmcli import __version__
-from drmcli.cli import bench, config, data, demo, doctor, grpo, sample, score, show, train_reward
+from drmcli.cli import bench, config, data, demo, doctor, grpo, sample, score, serve, show, train_reward
 
 app = typer.Typer(
     name="drm",
@@ -25,6 +25,7 @@ app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.command("score", rich_help_panel=MEASURE)(score.score)
 app.command("sample", rich_help_panel=USE)(sample.sample)
 app.command("grpo", rich_help_panel=USE)(grpo.grpo)
+app.command("serve", rich_help_panel=USE)(serve.serve)
 app.command("show", rich_help_panel=INSPECT)(show.show)
 app.add_typer(data.app, name="data", rich_help_panel=INSPECT)
 app.add_typer(config.app, name="config", rich_help_panel=INSPECT)

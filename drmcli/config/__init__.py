@@ -1,5 +1,6 @@
 """Configs of the commands: what can be set (schema) and where values come from (resolve)."""
 
+from drmcli.config.commands import COMMANDS, SINGULAR
 from drmcli.config.resolve import (
     build,
     describe,
@@ -16,8 +17,6 @@ from drmcli.config.resolve import (
     to_yaml,
 )
 from drmcli.config.schema import (
-    COMMANDS,
-    SINGULAR,
     Bench,
     Common,
     Data,
@@ -28,6 +27,7 @@ from drmcli.config.schema import (
     Score,
     TrainReward,
 )
+from drmcli.config.serving import Serve
 
 __all__ = [
     "COMMANDS",
@@ -40,6 +40,7 @@ __all__ = [
     "Grpo",
     "Sample",
     "Score",
+    "Serve",
     "TrainReward",
     "build",
     "describe",

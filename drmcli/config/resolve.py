@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import drmcli
-from drmcli.config.schema import COMMANDS, SINGULAR
+from drmcli.config.commands import COMMANDS, SINGULAR
 from drmcli.errors import InputError, MissingError
 
 C = TypeVar("C")

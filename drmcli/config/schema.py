@@ -393,20 +393,3 @@ class Demo:
     """Go on with an unfinished demo in the same folder."""
     overwrite: bool = False
     """Empty the run folder first."""
-
-
-COMMANDS: dict[str, type] = {
-    "train-reward": TrainReward,
-    "bench": Bench,
-    "score": Score,
-    "sample": Sample,
-    "grpo": Grpo,
-    "demo": Demo,
-}
-SINGULAR = {
-    ("bench", "sigmas"): "sigma",
-    ("bench", "scorers"): "scorer",
-    ("grpo", "add_rewards"): "add_reward",
-    ("score", "prompts"): "prompt",
-}
-"""Flags that are repeated to fill a list, and so are named for one of it."""

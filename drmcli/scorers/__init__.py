@@ -6,6 +6,7 @@ A scorer is asked for in one way, whatever it is and whichever flag names it (`-
 - a name of `NAMES`, such as `pickscore`, with the weights from the hub, or from a folder: `pickscore=/models/PickScore_v1`
 - a reward model of this package: its folder or hub id
 - any callable of the user's: `module:function`
+- the address of a `drm serve`: `http://host:port`, or `http://host:port#pickscore` for another than its first scorer
 
 Weights are read as safetensors, or by PyTorch's weights-only reader where only a .pt file is published.
 
@@ -110,7 +111,7 @@ NAMES = {name: named.about for name, named in TABLE.items()}
 class Reference:
     """What a text that names a scorer means."""
 
-    kind: Literal["named", "function", "model"]
+    kind: Literal["named", "function", "model", "server"]
     text: str
     name: str = ""
     folder: str | None = None
@@ -123,6 +124,8 @@ def read_reference(text: str, flag: str = "--scorer") -> Reference:
     A folder that exists is a reward model whatever its name. Raises InputError (exit code 2) for an unknown name, MissingError (3)
     for a folder that is not there; each names `flag`.
     """
+    if text.startswith(("http://", "https://")):
+        return Reference("server", text)
     name, mark, folder = text.partition("=")
     if text and Path(package_path(text)).is_dir():
         return Reference("model", text)
@@ -164,6 +167,10 @@ def load_scorer(
             text, device=device, dtype=dtype, flag=flag, attention=attention, sigma=sigma, noise_samples=noise_samples,
             seed=seed,
         )  # fmt: skip
+    if ref.kind == "server":
+        from drmcli.scorers.remote import connect
+
+        return connect(text, flag=flag, sigma=sigma, noise_samples=noise_samples, seed=seed)
     from drmcli.scorers import plain
 
     if ref.kind == "function":

@@ -1,0 +1,24 @@
+"""The config of each command."""
+
+from __future__ import annotations
+
+from drmcli.config.schema import Bench, Demo, Grpo, Sample, Score, TrainReward
+from drmcli.config.serving import Serve
+
+COMMANDS: dict[str, type] = {
+    "train-reward": TrainReward,
+    "bench": Bench,
+    "score": Score,
+    "sample": Sample,
+    "grpo": Grpo,
+    "demo": Demo,
+    "serve": Serve,
+}
+SINGULAR = {
+    ("bench", "sigmas"): "sigma",
+    ("bench", "scorers"): "scorer",
+    ("grpo", "add_rewards"): "add_reward",
+    ("score", "prompts"): "prompt",
+    ("serve", "scorers"): "scorer",
+}
+"""Flags that are repeated to fill a list, and so are named for one of it."""

@@ -1,0 +1,54 @@
+"""What can be set for the commands that answer over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from drmcli.config.schema import NonNegative, Positive, Rate, Sigma, strict
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+@dataclass(config=strict, kw_only=True)
+class Serve:
+    """`drm serve`."""
+
+    preset: str = "tiny"
+    """Preset that was asked for; `drm config list` names them."""
+    reward: str = ""
+    """Reward model: a folder or a hub id; `none` serves only the scorers. Empty: the preset's."""
+    scorers: list[str] = Field(default_factory=list)
+    """Other scorers to serve: names such as pickscore, NAME=FOLDER, or callables `module:function`."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every network of the machine. There is no password: put a proxy in front of it there."""
+    port: Port = 8000
+    """Port to listen on; 0 takes a free one."""
+    sigma: Sigma = 0.25
+    """Noise level at which the reward model scores pictures, where a request names none."""
+    noise_samples: Positive = 4
+    """Noise draws a picture, averaged, where a request names none."""
+    max_batch: Positive = 32
+    """Pictures or latents scored at once."""
+    max_wait_ms: Rate = 5.0
+    """Milliseconds that the first of a batch waits for others to join it."""
+    max_queue: Positive = 1024
+    """Scores waiting to be computed, beyond which a request is answered 503."""
+    max_items: Positive = 64
+    """Pictures or latents a request."""
+    max_body_mib: Positive = 64
+    """Size of a request, MiB."""
+    max_pixels: Positive = 16_777_216
+    """Largest picture, pixels."""
+    seed: NonNegative = 0
+    """Seed of the noise, where a request names none."""
+    device: str = "auto"
+    """auto, cuda, cuda:1 or cpu; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the weights; auto is bf16 on CUDA and fp32 on the CPU."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernels; xformers needs the extra of that name and CUDA."""
+    resolution: Positive | None = None
+    """Side of the square that pictures are cropped and resized to, pixels; None is the reward model's own."""

@@ -82,7 +82,9 @@ class RemoteScorer:
         said = self.server.ask("POST", path, json.dumps(body).encode())
         if said["errors"]:
             first = said["errors"][0]
-            raise RunError(f"{self.server}: picture {first['index']}: {first['error']}", hint="leave it out, or mend it")
+            raise RunError(
+                f"{self.server}: picture {first['index']}: {first['error']}", hint="leave it out, or mend it"
+            )
         return said["scores"][self.remote]
 
 
@@ -123,7 +125,13 @@ class RemoteReward(RemoteScorer):
         return torch.tensor(out, dtype=torch.float32, device=latents.device)
 
     def score_at(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], *, sigmas: Sequence[float], noise_samples: int, seed: int
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        *,
+        sigmas: Sequence[float],
+        noise_samples: int,
+        seed: int,
     ) -> Tensor:
         """Scores [B, len(sigmas)] of pictures at several noise levels, as `RewardModel.score_images` gives them."""
         more: dict[str, Any] = {"noise_samples": noise_samples, "seed": seed}

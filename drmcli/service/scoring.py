@@ -18,13 +18,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import safetensors.torch
 import torch
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load as load_tensors
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -375,7 +375,7 @@ def read_latents(data: bytes, channels: int | None) -> Tensor:
     """Latents [B, C, H, W], float32. Raises Refusal for anything else."""
     hint = "send a safetensors file with one tensor `latents` [B, C, H, W]"
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = load_tensors(data)
     except Exception as error:  # the library raises its own error and several of Python's on damaged bytes
         raise Refusal(422, f"latents: not a safetensors file: {error}", hint) from None
     if set(tensors) != {"latents"}:

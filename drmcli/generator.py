@@ -16,18 +16,17 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
+from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,9 +127,12 @@ class Generator:
         text_encoder_3: bool = True,
         max_sequence_length: int = 256,
         attention: str = "sdpa",
+        beside: Generator | None = None,
         flag: str = "--generator",
     ) -> Generator:
         """Load a pipeline from a folder or the hub. Only safetensors are read.
+
+        beside: a loaded generator, whose VAE and text encoders are used where they are the same, not loaded a second time.
 
         Raises MissingError (gated, absent, offline) or InputError (damaged, of another kind), each naming `flag`.
         """
@@ -155,10 +157,14 @@ class Generator:
                 config = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision)
                 with torch.device("meta"):
                     absent["transformer"] = SD3Transformer2DModel.from_config(config)
-            parts = {
+            wanted = {n: v for n, v in index.items() if n in MODELS and n not in absent}
+            parts = (
+                {} if beside is None else beside.same_encoders(ref, revision, [n for n in wanted if n != "transformer"])
+            )
+            parts |= {
                 name: load_part(getattr(import_module(library), kind), where, name, revision=revision, dtype=dtype)
-                for name, (library, kind) in ((n, v) for n, v in index.items() if n in MODELS)
-                if name not in absent
+                for name, (library, kind) in wanted.items()
+                if name not in parts
             }
             pipe = StableDiffusion3Pipeline.from_pretrained(
                 where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts
@@ -296,25 +302,23 @@ class Generator:
                 f"{flag} {folder}: holds no weights for the transformer", hint="save it with save_lora_weights"
             )
 
+    def same_encoders(self, ref: str, revision: str | None, names: Sequence[str]) -> dict[str, Any]:
+        """Those of the named parts of another pipeline that are loaded here already."""
+        mine, theirs = self.prints(names), of_parts(ref, revision, names)
+        return {name: getattr(self.pipe, name) for name in names if name in mine and mine[name] == theirs.get(name)}
+
+    def prints(self, names: Sequence[str] = (*TEXT, "vae")) -> dict[str, str]:
+        """A short hash of what each of these parts computes, for those that are there. See `drmcli.fingerprints`."""
+        return of_parts(self.ref, self.revision, [name for name in names if getattr(self.pipe, name, None) is not None])
+
     def fingerprint(self, parts: Sequence[str]) -> str:
-        """A short hash of what the named parts ("vae", "text") compute: their weights' content and settings that matter."""
-        digest = hashlib.sha256()
+        """A short hash of what the named parts ("vae", "text") compute, number format and prompt length included."""
         names = [*(("vae",) if "vae" in parts else ()), *(TEXT if "text" in parts else ())]
-        where = Path(local_or_hub(self.ref, "--generator"))
-        for name in names:
-            part = getattr(self.pipe, name, None)
-            digest.update(f"{name}:{part is not None}".encode())
-            if not where.is_dir():
-                digest.update(_hub_commit(self.ref, self.revision).encode())
-            elif part is not None:
-                for file in sorted((where / name).iterdir()):
-                    digest.update(f"{file.name}:{file.stat().st_size}".encode())
-                    digest.update(_head_and_tail(file))
         module = getattr(self.pipe, "vae" if "vae" in parts else "text_encoder")
-        digest.update(f"{module.dtype}".encode())
+        facts = [*sorted(self.prints(names).items()), str(module.dtype)]
         if "text" in parts:
-            digest.update(f"{self.max_sequence_length}".encode())
-        return digest.hexdigest()[:16]
+            facts.append(str(self.max_sequence_length))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def free(self) -> None:
         """Let go of the weights."""
@@ -324,30 +328,6 @@ class Generator:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def reach(where: str, revision: str | None) -> Path:
-    """A model's index file: of a folder, or fetched from the hub, which says exactly what is wrong when it cannot be had."""
-    if Path(where).is_dir():
-        return Path(where) / "model_index.json"
-    return Path(hf_hub_download(where, "model_index.json", revision=revision))
-
-
-def _hub_commit(ref: str, revision: str | None) -> str:
-    """The commit of a hub model's cached snapshot: the name of its snapshot folder."""
-    with explained(ref, "--generator"):
-        return reach(ref, revision).parent.name
-
-
-def _head_and_tail(file: Path, span: int = 1 << 22) -> bytes:
-    """Hash of a file's first and last 4 MiB: enough to tell two sets of weights apart without reading gigabytes."""
-    with file.open("rb") as handle:
-        digest = hashlib.sha256(handle.read(span))
-        size = file.stat().st_size
-        if size > span:
-            handle.seek(max(span, size - span))
-            digest.update(handle.read())
-    return digest.digest()
 
 
 def _refuse_broken(module: torch.nn.Module, where: str) -> None:

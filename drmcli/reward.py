@@ -27,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from drmcli.config import local_or_hub, spoken
 from drmcli.errors import InputError, RunError
+from drmcli.fingerprints import reach
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, load_part, quiet_libraries, reach, use_attention
+from drmcli.generator import Generator, PromptEmbeds, load_part, quiet_libraries, use_attention
 from drmcli.hub import explained
 from drmcli.run import seed_of
 
@@ -85,7 +86,7 @@ class Head(nn.Module):
         self.conv = nn.Conv2d(head_width, head_width, 3, padding=1)
         self.attend = nn.Conv2d(head_width, 1, 1) if pool == "attention" else None
         self.score = nn.Sequential(nn.Linear(head_width, head_width), nn.GELU(), nn.Linear(head_width, 1))
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(1))  # not of shape []: sharded training has no place for a scalar
 
     def forward(self, tokens: list[Tensor], height: int, width: int) -> Tensor:
         """T tensors [B, L, D] of a height x width grid, row-major -> scores [B]."""
@@ -291,6 +292,8 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load what `saved_tensors` gave. Raises InputError for missing, surplus, misshapen or non-finite ones."""
         mine = self.saved_tensors()
+        # Files written before the scale had an axis.
+        tensors = {name: t.reshape(1) if name == "head.log_scale" and t.ndim == 0 else t for name, t in tensors.items()}
         problem = None
         if missing := sorted(mine.keys() - tensors.keys()):
             problem = f"lacks the tensor {missing[0]}"
@@ -366,8 +369,8 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
 
     forward = score
 
-    def generator(self, *, device: torch.device | str | None = None) -> Generator:
-        """The base pipeline's VAE and text encoders, loaded once."""
+    def generator(self, *, device: torch.device | str | None = None, beside: Generator | None = None) -> Generator:
+        """The base pipeline's VAE and text encoders as in training, loaded once. beside: see `Generator.load`."""
         if self._generator is None:
             c = self.config
             self._generator = Generator.load(
@@ -378,9 +381,14 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                 components=("text", "vae"),
                 text_encoder_3=c.text_encoder_3,
                 max_sequence_length=c.max_sequence_length,
+                beside=beside,
                 flag="base_model",
             )
         return self._generator
+
+    def use_encoders(self, generator: Generator) -> None:
+        """Take a generator's VAE and text encoders for one's own. Rather call `encoders.share`, which compares them first."""
+        self._generator = generator
 
     @torch.no_grad()
     def score_images(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from conftest import write_pairs
 from drmcli.data import cache
 from drmcli.data.datasets import read_file
 from drmcli.data.images import BytesImage
+from drmcli.errors import RunError
 from drmcli.generator import Generator
 from drmcli.run import Silent
 
@@ -39,7 +43,14 @@ class Counting:
         monkeypatch.setattr(generator, "encode_prompts", prompts)
 
 
-def encode(generator: Generator, images, prompts, root: Path, resolution: int | None = None) -> cache.Encoded:
+def encode(
+    generator: Generator,
+    images,
+    prompts,
+    root: Path,
+    resolution: int | None = None,
+    workers: cache.Workers = cache.ALONE,
+) -> cache.Encoded:
     return cache.encode(
         images,
         prompts,
@@ -49,6 +60,7 @@ def encode(generator: Generator, images, prompts, root: Path, resolution: int | 
         root=root,
         batch_size=5,
         reporter=Silent(),
+        workers=workers,
     )
 
 
@@ -162,3 +174,57 @@ def test_fingerprints_tell_models_apart(generator: Generator, generator_folder: 
     other = Generator.load(str(copy), components=("text", "vae"), max_sequence_length=1)
     assert other.fingerprint(("vae",)) != generator.fingerprint(("vae",))
     assert other.fingerprint(("text",)) == generator.fingerprint(("text",))
+
+
+def test_processes_share_what_is_missing_whoever_came_first(
+    generator_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes side by side: each row is encoded once, none is missing, and both know the bad pictures."""
+    monkeypatch.setattr(cache, "SHARD", 5)
+    data = read_file(write_pairs(tmp_path / "data", 8))
+    images = [*data.images, *(BytesImage(f"broken-{i}.png", b"nonsense %d" % i) for i in range(4))]
+    meeting = threading.Barrier(2)
+    generators = [
+        Generator.load(str(generator_folder), components=("text", "vae"), max_sequence_length=1) for _ in "ab"
+    ]
+    brought: dict[int, list] = {}
+    original, seen = cache.Store.add, []
+
+    def add(self: cache.Store, keys: list[str], tensors: dict[str, torch.Tensor]) -> None:
+        original(self, keys, tensors)
+        seen.extend(keys)
+
+    monkeypatch.setattr(cache.Store, "add", add)
+
+    def process(rank: int) -> cache.Encoded:
+        def gather(items: list) -> list:
+            brought[rank] = items
+            meeting.wait(60)
+            both = [*brought[0], *brought[1]]
+            meeting.wait(60)
+            return both
+
+        workers = cache.Workers(rank, 2, gather)
+        return encode(generators[rank], images, data.prompts, tmp_path / "cache", workers=workers)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    assert sorted(seen) == sorted({*first.prompt_keys, *(k for k in first.image_keys if k)}), "each is encoded once"
+    for encoded in (first, second):
+        assert encoded.latents(range(16)).shape == (16, 4, 16, 16)
+        assert len(encoded.prompts(range(8))) == 8
+        assert [fault.key for fault in encoded.bad] == [f"broken-{i}.png" for i in range(4)]
+        assert encoded.image_keys[16:] == [None] * 4
+
+
+def test_a_share_does_not_depend_on_what_is_written_already() -> None:
+    """Cutting what is missing by rank loses rows when another process has written in the meantime."""
+    keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(64)]
+    shares = [{k for k in keys if cache.Workers(rank, 2).owns(k)} for rank in range(2)]
+    assert shares[0] | shares[1] == set(keys) and not shares[0] & shares[1]
+    assert 16 < len(shares[0]) < 48
+
+
+def test_a_cache_that_is_not_shared_is_said(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="another process"):
+        encode(generator, [], ["a", "b"], tmp_path, workers=cache.Workers(0, 2, lambda items: [*items, True]))

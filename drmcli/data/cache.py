@@ -107,6 +107,28 @@ class Store:
         return self._open[name]
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The processes that encode one dataset together, each its share of the keys, whoever has written what already."""
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[list[Any]], list[Any]] = lambda items: items
+    """The lists of all processes, end to end; each waits for all."""
+
+    def owns(self, key: str) -> bool:
+        return int(key[:8], 16) % self.world == self.rank
+
+    def agree(self, fact: bool) -> bool:
+        """Does any process say so? All get the same answer."""
+        return any(self.gather([fact]))
+
+
+ALONE = Workers()
+ROUNDS = 3
+"""Times that what is missing is looked for before the cache is given up as not shared by all processes."""
+
+
 @dataclass
 class Encoded:
     """Encoded pictures and prompts of one dataset, read by position in its lists."""
@@ -138,13 +160,12 @@ def encode(
     root: Path,
     batch_size: int,
     reporter: Reporter,
-    rank: int = 0,
-    world: int = 1,
+    workers: Workers = ALONE,
 ) -> Encoded:
-    """Encode what is not in the cache yet. With several processes each takes its share; call again after a barrier.
+    """Encode what is not in the cache yet. Every process must call it; each takes its share and sees the others' when it returns.
 
     A picture is looked up by its content; a file that has not changed since (path, size, time) is not even read.
-    Bad pictures are listed, not replaced.
+    Bad pictures are listed, not replaced, the same list in every process.
     """
     generator = load()
     image_print, text_print = fingerprints(generator)
@@ -154,54 +175,88 @@ def encode(
     stamps = Stamps(root / "stamps")
 
     prompt_keys = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
-    missing = {k: p for k, p in zip(prompt_keys, prompts) if k not in prompt_store}
-    mine = list(missing.items())[rank::world]
-    done = 0
-    for part in _batched(mine, batch_size, SHARD):
-        embeds = [generator.encode_prompts([p for _, p in some]) for some in part]
-        tensors = {
-            "prompt_embeds": torch.cat([e.prompt_embeds for e in embeds]),
-            "pooled_prompt_embeds": torch.cat([e.pooled_prompt_embeds for e in embeds]),
-        }
-        keys = [k for some in part for k, _ in some]
-        prompt_store.add(keys, tensors)
-        done += len(keys)
-        reporter.progress("encode prompts", done, len(mine))
+    for share in _rounds(prompt_store, workers, lambda: dict(zip(prompt_keys, prompts))):
+        _encode_prompts(share, generator, prompt_store, batch_size, reporter)
 
-    bad: list[BadImage] = []
-    image_keys: list[str | None] = [None] * len(images)
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 2) + 2)) as pool:
-        for i, found in enumerate(pool.map(lambda s: _key(s, stamps), images, chunksize=64)):
-            if isinstance(found, BadImage):
-                bad.append(found)
-            else:
-                image_keys[i] = found
-        todo = {key: images[i] for i, key in enumerate(image_keys) if key is not None and key not in image_store}
-        share = list(todo.items())[rank::world]
-        broken: dict[str, BadImage] = {}
-        done = 0
-        for part in _batched(share, batch_size, SHARD):
-            keys, latents = [], []
-            loaded = pool.map(lambda item: (item[0], _load(item[1])), [item for some in part for item in some])
-            for some in _chunks(loaded, batch_size):
-                good = [(k, image) for k, image in some if not isinstance(image, BadImage)]
-                broken |= {k: image for k, image in some if isinstance(image, BadImage)}
-                if good:
-                    keys += [k for k, _ in good]
-                    latents.append(
-                        generator.encode_images([image for _, image in good], side).to(generator.pipe.vae.dtype)
-                    )
-                done += len(some)
-                reporter.progress("encode images", done, len(share))
-            if keys:
-                image_store.add(keys, {"latents": torch.cat(latents)})
-        for i, key in enumerate(image_keys):
-            if key in broken:
-                fault = broken[key]  # type: ignore[index]
-                bad.append(BadImage(images[i].key, fault.reason))
-                image_keys[i] = None
+        found = list(pool.map(lambda s: _key(s, stamps), images, chunksize=64))
+        keys = [None if isinstance(key, BadImage) else key for key in found]
+        faults = {i: key.reason for i, key in enumerate(found) if isinstance(key, BadImage)}
+        broken: dict[str, str] = {}
+
+        def wanted() -> dict[str, ImageSource]:
+            return {key: images[i] for i, key in enumerate(keys) if key and key not in broken}
+
+        for missing in _rounds(image_store, workers, wanted):
+            mine = _encode_images(missing, generator, image_store, side, batch_size, reporter, pool)
+            broken.update(workers.gather(list(mine.items())))
     stamps.save()
-    return Encoded(image_store, prompt_store, image_keys, prompt_keys, bad)
+    faults = dict(workers.gather([*faults.items(), *((i, broken[k]) for i, k in enumerate(keys) if k and k in broken)]))
+    bad = [BadImage(images[i].key, faults[i]) for i in sorted(faults)]
+    return Encoded(
+        image_store, prompt_store, [None if i in faults else k for i, k in enumerate(keys)], prompt_keys, bad
+    )
+
+
+def _rounds(store: Store, workers: Workers, wanted: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """This process's share of what a store lacks, again until it lacks nothing in any process."""
+    for _ in range(ROUNDS):
+        store.refresh()
+        missing = {key: item for key, item in wanted().items() if key not in store}
+        if not workers.agree(bool(missing)):
+            return
+        yield {key: item for key, item in missing.items() if workers.owns(key)}
+        workers.gather([])  # all have written
+    raise RunError(
+        f"{store.folder}: rows that another process has encoded do not appear here",
+        hint="all processes need one cache folder: name a shared one with --cache-dir",
+    )
+
+
+def _encode_prompts(
+    missing: dict[str, str], generator: Generator, store: Store, batch_size: int, reporter: Reporter
+) -> None:
+    done = 0
+    for part in _batched(list(missing.items()), batch_size, SHARD):
+        embeds = [generator.encode_prompts([p for _, p in some]) for some in part]
+        keys = [k for some in part for k, _ in some]
+        store.add(
+            keys,
+            {
+                "prompt_embeds": torch.cat([e.prompt_embeds for e in embeds]),
+                "pooled_prompt_embeds": torch.cat([e.pooled_prompt_embeds for e in embeds]),
+            },
+        )
+        done += len(keys)
+        reporter.progress("encode prompts", done, len(missing))
+
+
+def _encode_images(
+    missing: dict[str, ImageSource],
+    generator: Generator,
+    store: Store,
+    side: int,
+    batch_size: int,
+    reporter: Reporter,
+    pool: ThreadPoolExecutor,
+) -> dict[str, str]:
+    """Encode pictures by key. Returns those that cannot be decoded, with the reason."""
+    broken: dict[str, str] = {}
+    done = 0
+    for part in _batched(list(missing.items()), batch_size, SHARD):
+        keys, latents = [], []
+        loaded = pool.map(lambda item: (item[0], _load(item[1])), [item for some in part for item in some])
+        for some in _chunks(loaded, batch_size):
+            good = [(k, image) for k, image in some if not isinstance(image, BadImage)]
+            broken |= {k: image.reason for k, image in some if isinstance(image, BadImage)}
+            if good:
+                keys += [k for k, _ in good]
+                latents.append(generator.encode_images([image for _, image in good], side).to(generator.pipe.vae.dtype))
+            done += len(some)
+            reporter.progress("encode images", done, len(missing))
+        if keys:
+            store.add(keys, {"latents": torch.cat(latents)})
+    return broken
 
 
 class Stamps:

@@ -212,8 +212,8 @@ class _Bench:
 
         else:
             reward = model.model
-            same = reward.config.base_model == config.generator
-            base = self.drawer if same else LazyGenerator.of_reward(reward, self.dtype, self.device)
+            self.drawer.free()
+            base = LazyGenerator.of_reward(reward, self.dtype, self.device)  # prompts as in its training
             sigmas = config.sigmas
             pairs, bad, warnings = encode_pairs(
                 data, config, base, folder, resolution=config.resolution or reward.config.resolution

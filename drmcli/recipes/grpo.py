@@ -176,6 +176,8 @@ class Aligner:
             spread_penalty=config.spread_penalty,
             ceiling=config.reward_ceiling,
         )
+        for text in self.rewards.share_encoders(self.generator):
+            folder.warn(text)
         channels = int(self.generator.transformer.config.in_channels)
         self.rewards.check_latents(channels)
         if config.spread_penalty and len(self.rewards.states) * config.reward_draws < 2:
@@ -254,7 +256,7 @@ class Aligner:
         for text in texts:
             if text not in self.embeds:
                 own = self.embeds[text] = self.generator.encode_prompts([text])
-                self.reward_embeds[text] = self.rewards.encode([text], own, self.config.generator)
+                self.reward_embeds[text] = self.rewards.encode([text], own, self.generator)
         many = [self.reward_embeds[t] for t in texts]
         return stacked([self.embeds[t] for t in texts]), [stacked(list(one)) for one in zip(*many)]
 

@@ -172,9 +172,7 @@ def encode_pairs(
     run: Run,
     *,
     resolution: int | None,
-    rank: int = 0,
-    world: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    workers: cache.Workers = cache.ALONE,
 ) -> tuple[EncodedPairs, list[str], list[str]]:
     """Encode what is not cached. Bad pictures are named, counted and left out with their pairs.
 
@@ -182,27 +180,21 @@ def encode_pairs(
     RunError when more than `max_bad` percent are bad, after writing the list to bad_images.txt.
     """
 
-    def once() -> cache.Encoded:
-        return cache.encode(
-            data.images,
-            data.prompts,
-            generator.encoders,
-            lambda g: (g.fingerprint(("vae",)), g.fingerprint(("text",))),
-            resolution=resolution,
-            root=cache.cache_root(config.cache_dir),
-            batch_size=config.encode_batch_size,
-            reporter=run.reporter,
-            rank=rank,
-            world=world,
-        )
-
-    encoded = once()
-    if world > 1:
-        wait()
-        encoded = once()
+    encoded = cache.encode(
+        data.images,
+        data.prompts,
+        generator.encoders,
+        lambda g: (g.fingerprint(("vae",)), g.fingerprint(("text",))),
+        resolution=resolution,
+        root=cache.cache_root(config.cache_dir),
+        batch_size=config.encode_batch_size,
+        reporter=run.reporter,
+        workers=workers,
+    )
     lost = [f"{fault.key}: {fault.reason}" for fault in encoded.bad]
     if lost:
-        write_text(run.path("bad_images.txt"), "".join(line + "\n" for line in lost))
+        if workers.rank == 0:
+            write_text(run.path("bad_images.txt"), "".join(line + "\n" for line in lost))
         share = 100 * len(lost) / len(data.images)
         if share > config.max_bad:
             raise RunError(

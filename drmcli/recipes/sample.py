@@ -24,8 +24,10 @@ from drmcli import results
 from drmcli.calls import Calls
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
+from drmcli.encoders import share
 from drmcli.errors import InputError
 from drmcli.files import read_object
+from drmcli.fingerprints import of_parts
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
@@ -136,7 +138,7 @@ class Studio:
     generator: Generator
     reward: RewardModel | None
     own_encoders: bool
-    """The reward model's prompts go through encoders of its own, its base not being the generator."""
+    """The reward model's prompts go through encoders of its own, which are not the generator's."""
     search: Search
     shape: tuple[int, int, int]
     negative: PromptEmbeds | None
@@ -166,7 +168,9 @@ class Studio:
                     f"--reward {config.reward}: made for latents of {c.transformer['in_channels']} channels, not {shape[0]}",
                     hint="use a reward model whose base is the generator's",
                 )
-            own = c.base_model != config.generator or c.max_sequence_length != config.max_sequence_length
+            if warning := share(reward, generator):
+                folder.warn(warning)
+            own = reward.generator() is not generator
         elif config.mode != "plain":
             raise InputError(f"--mode {config.mode}: needs a reward model", hint="leave out --reward none")
         if config.lora:
@@ -250,7 +254,9 @@ def share_blocks(config: Sample, generator: Generator, reward: RewardModel | Non
     why = ""
     if reward is None or reward.config.backbone != "frozen":
         why = "the reward model's backbone was trained, so it is not the generator's"
-    elif own_encoders or reward.config.base_revision != config.revision:
+    elif own_encoders or of_parts(
+        reward.config.base_model, reward.config.base_revision, ["transformer"], flag="base_model"
+    ) != generator.prints(["transformer"]):
         why = f"the reward model was cut from {reward.config.base_model}"
     elif config.lora:
         why = "a LoRA changes the generator's blocks"

@@ -20,13 +20,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    LoggerType,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drmcli.config import TrainReward, to_dict
+from drmcli.data import cache
 from drmcli.data.preferences import Preferences
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.flow import add_noise
@@ -85,9 +92,7 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
                 generator,
                 folder,
                 resolution=config.resolution,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                wait=accelerator.wait_for_everyone,
+                workers=cache.Workers(accelerator.process_index, accelerator.num_processes, gather_object),
             )
             for text in warnings:
                 folder.warn(text)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from drmcli.flow import renoise
-from drmcli.generator import PromptEmbeds
+from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
 from drmcli.scorers import Scorer, StateScorer, load_scorer
 from drmcli.scorers.drm import RewardScorer
@@ -153,10 +153,15 @@ class Rewards:
             if isinstance(term.scorer, RewardScorer):
                 term.scorer.check_latents(channels, "--add-reward" if i else "--reward")
 
-    def encode(self, texts: list[str], own: PromptEmbeds, ref: str) -> list[PromptEmbeds]:
-        """Each state scorer's conditioning of the prompts; a generator's `own` for the models that were cut from it (`ref`)."""
+    def share_encoders(self, generator: Generator) -> list[str]:
+        """Ask each model through the encoders it was trained with, a generator's where they are the same. Returns warnings."""
+        facts = [(s.name, s.share_encoders(generator)) for s in self.states if isinstance(s, RewardScorer)]
+        return [f"{name}: {fact}" for name, fact in facts if fact]
+
+    def encode(self, texts: list[str], own: PromptEmbeds, generator: Generator) -> list[PromptEmbeds]:
+        """Each state scorer's conditioning of the prompts; the `own` of a generator for the models that share its encoders."""
         return [
-            own if isinstance(s, RewardScorer) and s.model.config.base_model == ref else s.encode(texts)
+            own if isinstance(s, RewardScorer) and s.model.generator() is generator else s.encode(texts)
             for s in self.states
         ]
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from drmcli.encoders import share
 from drmcli.errors import InputError
-from drmcli.generator import PromptEmbeds
+from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
 
 
@@ -75,10 +76,9 @@ class RewardScorer:
         """Of one call, in forward passes of the generator that it was cut from."""
         return len(self.model.transformer.transformer_blocks) / int(self.model.config.transformer["num_layers"])
 
-    def shares_encoders(self, generator: str, max_sequence_length: int) -> bool:
-        """Are this pipeline's own encodings of prompts the model's as well?"""
-        config = self.model.config
-        return config.base_model == generator and config.max_sequence_length == max_sequence_length
+    def share_encoders(self, generator: Generator) -> str | None:
+        """Use a generator's text encoders where they are those of the training; returns a warning where they are not. See `encoders.share`."""
+        return share(self.model, generator)
 
     def check_latents(self, channels: int, flag: str) -> None:
         """Raises InputError where the model was made for latents of another kind than a generator's."""

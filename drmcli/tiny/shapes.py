@@ -7,6 +7,7 @@ than 0.03 being left out. The captions of the three splits are disjoint.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from PIL import Image
 
 from drmcli.data.images import BytesImage
 from drmcli.data.preferences import Preferences
-from drmcli.generator import Generator
+from drmcli.generator import TEXT, Generator
 from drmcli.run import Reporter, seed_of, write_bytes
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
@@ -60,7 +61,8 @@ def load_shapes(
     generator = None
     if sampled:
         generator = load_generator()
-        generator_print = generator.fingerprint(("vae", "text"))
+        prints = generator.prints((*TEXT, "vae", "transformer"))
+        generator_print = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]
     name = f"{split}-{prompts}-{sampled}-{seed}-{generator_print}-v{VERSION}.parquet"
     file = root / "shapes" / name
     if not file.is_file():

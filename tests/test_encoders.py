@@ -98,11 +98,12 @@ def test_encoders_that_are_gone_are_said(generator: Generator, reward_folder: Pa
     assert full.generator() is generator
 
 
-def test_grpo_warns_and_goes_on(drm, reward_folder: Path, tmp_path: Path) -> None:
+def test_a_run_warns_and_goes_on(drm, reward_folder: Path, tmp_path: Path) -> None:
     """The warning reaches the log of a run."""
     longer = rewrite(reward_folder, tmp_path / "reward", max_sequence_length=3)
-    small = ["--set", "prompts_per_update=2", "--set", "eval_prompts=2", "--set", "eval_seeds=1", "--set", "steps=4"]
-    done = drm("grpo", "--reward", longer, "--updates", 1, "--out", tmp_path / "out", *small)
+    done = drm(
+        "sample", "a large red circle", "--reward", longer, "--beams", 2, "--steps", 2, "--out", tmp_path / "out"
+    )
     assert done.code == 0, done.err
     assert "3 tokens, not 1" in (tmp_path / "out" / "log.txt").read_text()
 

@@ -77,7 +77,7 @@ class RewardScorer:
         return len(self.model.transformer.transformer_blocks) / int(self.model.config.transformer["num_layers"])
 
     def share_encoders(self, generator: Generator) -> str | None:
-        """Use a generator's text encoders where they are those of the training; returns a warning where they are not. See `encoders.share`."""
+        """Use a generator's text encoders where they are those of the training. Returns a warning or None: see `encoders.share`."""
         return share(self.model, generator)
 
     def check_latents(self, channels: int, flag: str) -> None:

@@ -73,6 +73,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             "item": _int, "image": _int, "task": _text, "prompt": _text, "path": _text, "correct": pa.bool_(), "reason": _text,
         }
     ),
+    "preferences": pa.schema(
+        {
+            "prompt": _text, "prompt_id": _text, "pair_id": _text, "chosen": _text, "rejected": _text, "label": _real, "weight": _real,
+        }
+    ),
+    "drawn": pa.schema({"prompt_id": _text, "prompt": _text, "seed": _int, "path": _text, "score": _real}),
     "partial_scores": pa.schema({"item": _int, "column": _int, "score": _real}),
     "train_reward_metrics": pa.schema(
         {

@@ -9,7 +9,7 @@ import drmcli
 
 ROOT = Path(drmcli.__file__).parent
 PLAIN = {"errors", "files", "signals", "run", "results", "report", "plots", "hub", "__init__", "config", "config.schema", "config.resolve",
-         "config.commands", "config.serving",
+         "config.commands", "config.serving", "config.making", "data.labels",
          "config.presets", "measure", "measure.intervals", "measure.protocols", "measure.published", "measure.geneval",
          "data", "data.images", "data.archives", "data.preferences", "data.published_layouts", "data.datasets", "data.prompts",
          "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip

@@ -284,6 +284,22 @@ def demo(s: dict[str, Any]) -> None:
     console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)")
 
 
+def data_make(s: dict[str, Any]) -> None:
+    console = stdout()
+    made = table(f"{s['n_images']} pictures of {s['n_prompts']} prompts", "judge", "mean score")
+    for name, value in s.get("mean_scores", {}).items():
+        made.add_row(name, f"{value:.4f}")
+    console.print(made)
+    console.print(f"{s['n_pairs']} pairs, {s['n_ties']} of them ties; contact sheet: {s['sheet']}", markup=False)
+    if s["label"] == ["people"]:
+        console.print(f"next: drm data label {s['data']}", markup=False)
+    elif s["n_pairs"]:
+        console.print(
+            "a good generator's own samples show no gross failures: keep other data in the mixture", markup=False
+        )
+        console.print(f"next: drm train-reward --data {s['data']}=0.7 --data OTHER=0.3", markup=False)
+
+
 SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "train-reward": train_reward,
     "bench": bench,
@@ -291,4 +307,5 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "sample": sample,
     "grpo": grpo,
     "demo": demo,
+    "data-make": data_make,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from drmcli.config.making import DataMake
 from drmcli.config.schema import Bench, Demo, Grpo, Sample, Score, TrainReward
 from drmcli.config.serving import Serve
 
@@ -13,6 +14,7 @@ COMMANDS: dict[str, type] = {
     "grpo": Grpo,
     "demo": Demo,
     "serve": Serve,
+    "data-make": DataMake,
 }
 SINGULAR = {
     ("bench", "sigmas"): "sigma",

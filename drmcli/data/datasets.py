@@ -49,6 +49,8 @@ __all__ = [
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 RANKING_COLUMNS = ("prompt", "images", "ranking")
 OPTIONAL_COLUMNS = ("prompt_id", "pair_id", "label", "weight")
+PREFERENCES = "preferences.parquet"
+"""The file of a folder that `drm data make` or `drm data label` wrote."""
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 Cell = str | ImageSource | None
@@ -83,7 +85,7 @@ def read(
 
 
 def read_file(path: str | Path, *, allow_outside: bool = False) -> Preferences:
-    """Read an own Parquet, JSONL or CSV file of pairs or rankings.
+    """Read an own Parquet, JSONL or CSV file of pairs or rankings, or the folder of one that `drm data make` wrote.
 
     Picture paths must stay in the file's folder, links included, unless `allow_outside`. Pictures themselves are not
     opened (bytes in Parquet are hashed, to list equal pictures once). In a file of pairs, `label` is the probability
@@ -92,10 +94,13 @@ def read_file(path: str | Path, *, allow_outside: bool = False) -> Preferences:
     Raises InputError naming the file and the row; nothing is guessed or skipped but pairs of a picture with itself.
     """
     path = Path(path)
+    name = path.name
+    if os.path.isfile(path / PREFERENCES):
+        path = path / PREFERENCES
     if not os.path.isfile(path):
         raise InputError(
             f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}",
-            hint="check the path; data is read from one file",
+            hint=f"check the path; data is read from one file, or from a folder with {PREFERENCES}",
         )
     reader = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv}.get(path.suffix.lower())
     if reader is None:
@@ -143,7 +148,7 @@ def read_file(path: str | Path, *, allow_outside: bool = False) -> Preferences:
             f"{path}: pair_id {table['pair_id'][twice].iloc[0]!r} is there twice",
             hint="make pair_id unique, or leave it out",
         )
-    preferences = assemble(path.name, "all", "strict", sources, table, draw_sides=not ranking)
+    preferences = assemble(name, "all", "strict", sources, table, draw_sides=not ranking)
     if not len(preferences):
         raise InputError(f"{path}: has no pair of two different pictures", hint="a ranking needs two pictures or more")
     return preferences

@@ -1,0 +1,46 @@
+"""What can be set for the commands that make preferences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from drmcli.config.schema import Common, Drawing, Positive, Rate, strict
+
+
+@dataclass(config=strict, kw_only=True)
+class DataMake(Common, Drawing):
+    """`drm data make`."""
+
+    prompts: str = "shapes"
+    """What to draw: a file of prompts, or shapes, the captions of the embedded world that are there to train on."""
+    limit: Positive | None = None
+    """Prompts to draw, the first of the file; None is all (200 of shapes)."""
+    num_images: Annotated[int, Field(ge=2, le=64)] = 4
+    """Pictures a prompt, with the seeds seed, seed + 1, ...; all pairs of them are made."""
+    steps: Positive | None = None
+    """Steps from noise to picture; None is the preset's for sampling."""
+    step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] = "ode"
+    """How pictures are drawn: ode, or one of the stochastic steps that search takes."""
+    noise_level: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Noise of a stochastic step rule."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance; None is the preset's for sampling."""
+    lora: str | None = None
+    """A LoRA of the generator, or the run that made it."""
+    batch_size: Positive | None = None
+    """Pictures drawn and scored at once; None is the preset's for sampling."""
+    label: list[str] = Field(default_factory=list)
+    """What judges: scorers, REF=WEIGHT, each brought to its own spread and then summed; people; or none."""
+    sigma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Noise level at which a reward model judges the pictures."""
+    labels: Literal["soft", "drawn", "hard"] = "soft"
+    """soft: the probability that one picture is better; drawn: one vote of that probability, as a person's; hard: the order alone."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Score gap, in spreads of a prompt's pictures, at which the better one is preferred by 73 to 27."""
+    tie_gap: Rate = 0.0
+    """Score gap, in the same spreads, under which a pair is a tie."""
+    weight_by_gap: bool = False
+    """Let a pair count by how decided it is, |2p - 1|, on average 1; else each counts 1."""

@@ -116,7 +116,8 @@ def open_run(command: str, config: Any, reporter: Reporter, *, main: bool = True
     values = configs.to_dict(config)
     if config.out == "":
         raise InputError("--out: is empty", hint="name a folder, or leave --out away")
-    folder = Path(config.out) if config.out else default_folder(command, values, config.resume and not config.overwrite)
+    folder = planned_folder(command, config)
+    _planned.clear()
     flag = f"--out {folder}"
     if not main:
         follower = Run(folder, command, "", resumed=False, reporter=Silent())
@@ -246,6 +247,21 @@ def _env(folder: Path) -> dict[str, Any]:
         return read_object(folder / "env.json", str(folder)) or {}
     except InputError:
         return {}
+
+
+_planned: dict[str, Path] = {}
+"""The folder that was named to the user before the run is opened there: its name holds the time."""
+
+
+def planned_folder(command: str, config: Any) -> Path:
+    """Where a run goes: --out, or what `default_folder` gave when it was first asked in this process."""
+    values = configs.to_dict(config)
+    if config.out or command == "demo":
+        return Path(config.out or "runs/demo")
+    key = f"{command} {values}"
+    if key not in _planned:
+        _planned[key] = default_folder(command, values, config.resume and not config.overwrite)
+    return _planned[key]
 
 
 def default_folder(command: str, values: dict[str, Any], resume: bool) -> Path:

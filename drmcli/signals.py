@@ -35,6 +35,13 @@ def watch() -> dict[int, Any]:
     return before
 
 
+def ignore() -> None:
+    """From now on signals change nothing."""
+    with contextlib.suppress(ValueError):
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """`watch` for the time of one command."""

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from typing import Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
 
-from drmcli import __version__
+from drmcli import __version__, signals
 from drmcli.cli import bench, config, data, demo, doctor, grpo, sample, score, serve, show, train_reward
+from drmcli.errors import DrmError, Interrupted
+from drmcli.files import ROOM, disk_is_full
+
+
+class Group(TyperGroup):
+    """The root of all commands: what ends one reaches `invoke` as it is, where Typer would make exit codes without a word of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", hint=signals.AGAIN) from None
+        except (EOFError, OSError) as error:
+            raise _Carried() from error
+
+
+class _Carried(Exception):
+    """Holds, as its cause, an error that Typer would not let through."""
+
 
 app = typer.Typer(
+    cls=Group,
     name="drm",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -47,60 +70,79 @@ def root(
     pass
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code."""
-    sys.exit(invoke(sys.argv[1:] if argv is None else argv))
-
-
 def invoke(argv: list[str]) -> int:
     """Run one command. Returns the exit code: see `drmcli.errors`."""
-    from drmcli.cli.output import show_error
-    from drmcli.errors import DrmError
+    from drmcli.cli.output import Stdout, show_error
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices on import are not ours to show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if sys.stderr is None:  # closed: nothing can be said there
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    out = Stdout(sys.stdout)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that is not UTF-8, or a terminal that is not, ends no run
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
-    try:
-        code = app(argv, prog_name="drm", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except DrmError as error:
-        if debug:
-            raise
-        show_error(error.message, error.hint)
-        return error.exit_code
-    except typer.Exit as stop:
-        return stop.exit_code
-    except typer.Abort:
-        show_error("interrupted", "run the same command again to go on")
-        return 130
-    except typer.TyperException as error:
+    with signals.watched():
+        try:
+            with contextlib.redirect_stdout(out):  # type: ignore[type-var]
+                code = app(argv, prog_name="drm", standalone_mode=False)
+                code = code if isinstance(code, int) else 0
+                if code == 130 and signals.came():  # before the command itself: Typer has made an exit code of it
+                    raise Interrupted("interrupted", hint=signals.AGAIN)
+        except BaseException as error:
+            found = error.__cause__ if isinstance(error, _Carried) and error.__cause__ else error
+            if debug and not isinstance(found, (typer.Exit, typer.TyperException, KeyboardInterrupt)):
+                raise found from None
+            told = explain(found)
+            if told.message:
+                show_error(told.message, told.hint)
+            code = told.code
+        if fault := out.close():
+            show_error(f"stdout: cannot be written: {fault}", "what a run has made is in its folder: drm show")
+            code = code or 1
+    return code
+
+
+class Told(NamedTuple):
+    """How an error is told."""
+
+    message: str
+    hint: str
+    code: int
+
+
+def explain(error: BaseException) -> Told:
+    """The two lines and the exit code of whatever ended a command."""
+    if isinstance(error, DrmError):
+        return Told(error.message, error.hint, error.exit_code)
+    if signals.came() or isinstance(
+        error, KeyboardInterrupt | typer.Abort
+    ):  # whatever a library has made of the signal
+        return Told("interrupted", signals.AGAIN, 130)
+    if isinstance(error, typer.Exit):
+        return Told("", "", error.exit_code)
+    if isinstance(error, typer.TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         command = getattr(getattr(error, "ctx", None), "command_path", "drm")
-        show_error(message, f"`{command} --help` lists what there is")
-        return 2
-    except KeyboardInterrupt:
-        show_error("interrupted", "run the same command again to go on from the last checkpoint")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError:
-        show_error("out of memory", "use smaller batches; --dry-run prints a memory plan")
-        return 1
-    except Exception as error:  # the last boundary: whatever comes here is a bug, and says so
-        if debug:
-            raise
-        if "out of memory" in str(error).lower():
-            show_error(
-                f"out of memory: {error}", "use --set micro_batch_size=..., gradient_checkpointing, or see --dry-run"
-            )
-            return 1
-        show_error(
-            f"internal: {type(error).__name__}: {error}",
-            "a bug in drm: run again with --debug and report the traceback",
-        )
-        return 1
+        return Told(message, f"`{command} --help` lists what there is", 2)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        fact = f": {error}" if str(error) else ""
+        hint = "use smaller sizes or batches (--set micro_batch_size=..., gradient_checkpointing=true); --dry-run prints a memory plan"
+        return Told(f"out of memory{fact}", hint, 1)
+    if disk_is_full(error):
+        where = getattr(error, "filename", None)
+        return Told(f"{where or 'the disk'}: cannot write: No space left on device", ROOM, 1)
+    if isinstance(error, SystemExit):
+        return Told(f"internal: something called sys.exit({error.code!r})", REPORT, 1)
+    return Told(f"internal: {type(error).__name__}: {error}", REPORT, 1)
+
+
+REPORT = "a bug in drm: run again with --debug and report the traceback"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(invoke(sys.argv[1:] if argv is None else argv))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -80,16 +83,19 @@ def execute(command: str, options: dict[str, Any]) -> None:
     config = configs.resolve(
         command, preset=options.get("preset"), file=options.get("config"), sets=options.get("sets"), flags=flags
     )
-    recipe = import_module("drmcli.recipes." + command.replace("-", "_"))
+    module = "drmcli.recipes." + command.replace("-", "_")
     if options.get("dry_run"):
-        plan = recipe.plan(config)
+        plan = import_module(module).plan(config)
         if options["as_json"]:
             show_json({"command": command, "config": configs.to_dict(config), "plan": plan})
         else:
             render.plan(command, configs.to_yaml(config, command), plan)
         return
     with Screen(quiet=options["quiet"] or options["as_json"]) as screen:
-        summary = recipe.run(config, screen)
+        screen.note(what_happens(command, config))
+        screen.busy("load")
+        with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result: whatever a library prints is none
+            summary = import_module(module).run(config, screen)
     if not _is_main():
         return
     if options["as_json"]:
@@ -108,7 +114,23 @@ def execute(command: str, options: dict[str, Any]) -> None:
         )
 
 
-def _is_main() -> bool:
-    import os
+def what_happens(command: str, config: Any) -> str:
+    """The first line of a run, before seconds of imports: command, device and number format, seed, run folder."""
+    from drmcli.run import planned_folder
 
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # then the processes choose the folder together
+    where = "a folder in runs/" if config.out is None and several else planned_folder(command, config)
+    device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
+    dtype = getattr(config, "dtype", "auto")
+    dtype = dtype if dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"
+    return f"drm {command} on {device} in {dtype}, seed {config.seed}, into {where}"
+
+
+def has_gpu() -> bool:
+    """Is there an NVIDIA GPU, as far as can be told without importing torch?"""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible not in ("", "-1") and os.path.exists("/dev/nvidiactl")
+
+
+def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +43,49 @@ def stderr() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+class Stdout:
+    """stdout, whose failures end no command: a reader that went away is no fault, and any other fault is told at the end."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.fault = "is closed" if inner is None else ""
+        self.gone = inner is None
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            if not self.gone:
+                action()
+        except BrokenPipeError:
+            self._give_up("")
+        except (OSError, ValueError) as error:
+            self._give_up(getattr(error, "strerror", None) or str(error))
+
+    def _give_up(self, fault: str) -> None:
+        self.gone, self.fault = True, fault
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # what is left in the buffer must not fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.inner.fileno())
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.inner.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.inner.flush())
+
+    def close(self) -> str:
+        """Write what is left; returns what went wrong, or nothing."""
+        self.flush()
+        return self.fault
+
+    def isatty(self) -> bool:
+        return self.inner is not None and self.inner.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
 class Screen:
     """A reporter: bars on a terminal, a line now and then elsewhere, nothing when quiet."""
 
@@ -48,6 +94,7 @@ class Screen:
         self.console = stderr()
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
+        self.waiting: TaskID | None = None
         self.starts: dict[str, tuple[float, int]] = {}
         self.said: dict[str, float] = {}
 
@@ -69,13 +116,25 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         if self.bars:
+            self._busy_no_more()
             self.bars.stop()
+
+    def busy(self, text: str) -> None:
+        """A line that turns until the first progress is told: imports and loads take seconds."""
+        if self.bars:
+            self.waiting = self.bars.add_task(text, total=None, more="")
+
+    def _busy_no_more(self) -> None:
+        if self.bars and self.waiting is not None:
+            self.bars.remove_task(self.waiting)
+            self.waiting = None
 
     def progress(self, task: str, done: int, total: int, **fields: Any) -> None:
         more = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
         if self.quiet:
             return
         if self.bars:
+            self._busy_no_more()
             if task not in self.tasks:
                 self.tasks[task] = self.bars.add_task(task, total=total, more=more)
             self.bars.update(self.tasks[task], completed=done, total=total, more=more)

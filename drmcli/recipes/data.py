@@ -14,8 +14,9 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
 
+from drmcli import signals
 from drmcli.data.datasets import DATASETS, CheckReport, check, overlap, read
-from drmcli.errors import InputError, MissingError, RunError
+from drmcli.errors import DrmError, InputError, MissingError, RunError
 from drmcli.hub import explained, is_network, one_line, quiet_hub
 from drmcli.run import Reporter, guarded, write_text
 
@@ -62,7 +63,7 @@ def get(name: str, split: str | None, folder: Path, reporter: Reporter) -> dict[
                     allow_patterns=patterns,
                     tqdm_class=bytes_to(reporter, total),
                 )
-            except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError):
+            except (DrmError, hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError):
                 raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -80,6 +81,7 @@ def get(name: str, split: str | None, folder: Path, reporter: Reporter) -> dict[
         raise MissingError(
             f"{flag} {known.hub_id} holds no {patterns[0]}", hint=f"see {page}: its layout may have changed"
         )
+    signals.check("what was fetched is kept")  # the hub's client may have swallowed it
     files = verify(folder, wanted, info.sha, flag, reporter)
     summary = {
         "dataset": name,
@@ -104,6 +106,7 @@ def verify(
     files: dict[str, dict[str, Any]] = {}
     done, total = 0, sum(s.size or 0 for s in wanted.values())
     for name, sibling in sorted(wanted.items()):
+        signals.check("what was fetched is kept")
         path = folder / name
         expected = sibling.lfs.sha256 if sibling.lfs is not None else None
         size = path.stat().st_size if path.is_file() else None
@@ -150,6 +153,7 @@ def bytes_to(reporter: Reporter, total: int) -> type:
     lock, seen = threading.Lock(), [0]
 
     class Bytes(tqdm):  # type: ignore[type-arg]
+        # The client fetches in threads and waits for them: an interrupt that it swallowed is seen with the next bytes.
         def __init__(self, *args: Any, **kwargs: Any):
             self._bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **kwargs | {"disable": True})
@@ -159,6 +163,7 @@ def bytes_to(reporter: Reporter, total: int) -> type:
                 with lock:
                     seen[0] = min(total, seen[0] + int(n))
                     reporter.progress("download", seen[0], total)
+            signals.check("what was fetched is kept")
             return None
 
     return Bytes

@@ -58,8 +58,6 @@ class Titled:
 
 def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
     """Tell the story. Returns what summary.json holds."""
-    if config.out is None:
-        config.out = "runs/demo"
     with open_run("demo", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite tells the story again")

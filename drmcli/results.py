@@ -32,6 +32,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scores": pa.schema(
         {"dataset": _text, "image": _text, "prompt_id": _text, "prompt": _text, "sigma": _real, "score": _real}
     ),
+    "reproduce": pa.schema(
+        {
+            "table": _text, "row": _text, "column": _text, "published": _real, "ours": _real, "low": _real, "high": _real,
+            "protocol": _text, "beware": _text,
+        }
+    ),
     "images": pa.schema(
         {
             "image_id": _text, "prompt_id": _text, "prompt": _text, "seed": _int, "path": _text, "score": _real, "mode": _text,

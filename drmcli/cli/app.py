@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from drmcli import __version__, signals
-from drmcli.cli import bench, config, data, demo, doctor, grpo, sample, score, serve, show, train_reward
+from drmcli.cli import bench, config, data, demo, doctor, grpo, reproduce, sample, score, serve, show, train_reward
 from drmcli.errors import DrmError, Interrupted
 from drmcli.files import ROOM, disk_is_full
 
@@ -45,6 +45,7 @@ START, MEASURE, USE, INSPECT = "Start", "Train and measure", "Use", "Look around
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("train-reward", rich_help_panel=MEASURE)(train_reward.train_reward)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
+app.command("reproduce", rich_help_panel=MEASURE)(reproduce.reproduce)
 app.command("score", rich_help_panel=MEASURE)(score.score)
 app.command("sample", rich_help_panel=USE)(sample.sample)
 app.command("grpo", rich_help_panel=USE)(grpo.grpo)

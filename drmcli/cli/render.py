@@ -300,6 +300,23 @@ def data_make(s: dict[str, Any]) -> None:
         console.print(f"next: drm train-reward --data {s['data']}=0.7 --data OTHER=0.3", markup=False)
 
 
+def reproduce(s: dict[str, Any]) -> None:
+    from drmcli.recipes.reproduce import cells
+
+    console = stdout()
+    for name in dict.fromkeys(row["table"] for row in s["tables"]):
+        made = table(f"\n{name}", "", "figure", "published", "ours", "95 % interval", "counted")
+        for row in s["tables"]:
+            if row["table"] == name:
+                made.add_row(*cells(row)[:6])
+        console.print(made)
+    for warning in dict.fromkeys(row["beware"] for row in s["tables"] if row["beware"]):
+        console.print(f"beware: {warning}")
+    for row in s["left_out"]:
+        console.print(f"left out: {row['experiment']}: {row['why']}")
+    console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)")
+
+
 SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "train-reward": train_reward,
     "bench": bench,
@@ -308,4 +325,5 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "grpo": grpo,
     "demo": demo,
     "data-make": data_make,
+    "reproduce": reproduce,
 }

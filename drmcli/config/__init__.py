@@ -1,6 +1,7 @@
 """Configs of the commands: what can be set (schema) and where values come from (resolve)."""
 
 from drmcli.config.commands import COMMANDS, SINGULAR
+from drmcli.config.reproducing import Reproduce
 from drmcli.config.resolve import (
     build,
     describe,
@@ -38,6 +39,7 @@ __all__ = [
     "Demo",
     "Drawing",
     "Grpo",
+    "Reproduce",
     "Sample",
     "Score",
     "Serve",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from drmcli.config.making import DataMake
+from drmcli.config.reproducing import Reproduce
 from drmcli.config.schema import Bench, Demo, Grpo, Sample, Score, TrainReward
 from drmcli.config.serving import Serve
 
@@ -15,6 +16,7 @@ COMMANDS: dict[str, type] = {
     "demo": Demo,
     "serve": Serve,
     "data-make": DataMake,
+    "reproduce": Reproduce,
 }
 SINGULAR = {
     ("bench", "sigmas"): "sigma",

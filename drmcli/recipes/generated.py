@@ -330,7 +330,7 @@ def _row(parts: results.Parts, s: Shown, correct: bool | None, reason: str) -> N
 def items_of(config: Bench) -> list[Item]:
     """The prompts to draw. Raises MissingError where GenEval's metadata is not there."""
     if config.data_dir is None and config.detector == "shapes":
-        return tasks.items()
+        return tasks.items()[: config.prompts]
     where = Path(config.data_dir) if config.data_dir else None
     if where is None or not where.exists():
         raise MissingError(

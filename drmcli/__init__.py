@@ -12,11 +12,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "RewardModel": "drmcli.reward",
     "Generator": "drmcli.generator",
+    "Conditioning": "drmcli.families.base",
     "PromptEmbeds": "drmcli.generator",
     "StepwiseScheduler": "drmcli.scheduler",
     "DrmError": "drmcli.errors",
 }
-__all__ = ["DrmError", "Generator", "PromptEmbeds", "RewardModel", "StepwiseScheduler", "__version__"]
+__all__ = ["Conditioning", "DrmError", "Generator", "PromptEmbeds", "RewardModel", "StepwiseScheduler", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

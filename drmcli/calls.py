@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drmcli.errors import RunError
+from drmcli.families.base import joined, rows_of
 from drmcli.generator import Generator
 
 
@@ -60,10 +61,6 @@ class Models:
     """The reward looks at pictures: it is given the clean latents that each state points to."""
     calls: Calls = field(default_factory=Calls)
 
-    @property
-    def guided(self) -> bool:
-        return self.negative is not None and self.guidance_scale != 1.0
-
     def noise(self, rngs: Sequence[torch.Generator], count: int, shape: Sequence[int]) -> Tensor:
         """[I, count, C, H, W] from each picture's own source, so that no picture depends on its batch."""
         return torch.stack([torch.randn((count, *shape), generator=rng) for rng in rngs]).to(self.device)
@@ -75,7 +72,7 @@ class Models:
             raise RunError(
                 "scoring predicted clean latents needs the generator", hint="use score_at noisy, or drm sample"
             )
-        self.calls.generator += x.shape[0] * x.shape[1] * (2 if self.guided else 1)
+        self.calls.generator += x.shape[0] * x.shape[1] * generator.passes(self.negative, self.guidance_scale)
         flat, owner = x.flatten(0, 1), self._owner(x)
 
         def some(i: Tensor) -> Tensor:
@@ -83,10 +80,8 @@ class Models:
 
         return self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
 
-    def opinions(
-        self, x: Tensor, sigma: float | Tensor, clean: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """Scores [I, N, R] of latents [I, N, C, H, W]; and, with `share`, what the generator goes on from, [I * N, ...] each.
+    def opinions(self, x: Tensor, sigma: float | Tensor, clean: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Scores [I, N, R] of latents [I, N, C, H, W]; and, with `share`, what the last shared block returned for all I * N, else None.
 
         clean: the clean latents that the states point to, for rewards of pictures.
         """
@@ -95,7 +90,7 @@ class Models:
         self.calls.reward += x.shape[0] * x.shape[1]
         flat, owner = x.flatten(0, 1), self._owner(x)
         seen = None if clean is None else clean.flatten(0, 1)
-        parts: list[list[Tensor]] = []
+        parts: list[Any] = []
 
         def some(i: Tensor) -> Tensor:
             cond = self.reward_cond[owner[i]]
@@ -106,31 +101,32 @@ class Models:
                 return reward.score(flat[i], sigma, cond)
             if int(i[0]) == 0:  # the first part, perhaps once more after memory did not suffice
                 parts.clear()
-            parts.append([])
-            return reward.score(flat[i], sigma, cond, states=parts[-1])
+            return reward.score(flat[i], sigma, cond, states=parts)
 
         scores = self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
-        states = [torch.cat(each) for each in zip(*parts)] if self.share else None
+        states = joined(parts) if self.share else None
         return (scores if scores.ndim == 3 else scores[..., None]), states
 
-    def velocity_from(self, states: list[Tensor], x: Tensor, where: Tensor, sigma: float) -> Tensor:
+    def velocity_from(self, states: Any, x: Tensor, where: Tensor, sigma: float) -> Tensor:
         """Velocities of kept states x [I, N, C, H, W], whose shared states are at `where` [I, N] of all that were scored."""
         generator, reward = self.generator, self.reward
         assert generator is not None
         assert reward is not None
         rows = where.flatten()
-        first = len(reward.transformer.transformer_blocks)  # type: ignore[attr-defined]
+        first, scale = len(reward.blocks), self.guidance_scale  # type: ignore[attr-defined]
         self.calls.shared += len(rows)
-        size = x.shape[-2], x.shape[-1]
-        v = self.in_batches(lambda i: generator.velocity_from([s[rows[i]] for s in states], first, *size), len(rows))
-        v = v.unflatten(0, x.shape[:2])
-        if not self.guided:
-            return v
+        flat, owner = x.flatten(0, 1), self._owner(x)
+
+        def rest(i: Tensor) -> Tensor:
+            picked = rows_of(states, rows[i])
+            return generator.velocity_from(picked, first, flat[i], sigma, self.cond[owner[i]], scale)
+
+        v = self.in_batches(rest, len(rows))
+        if generator.passes(self.negative, scale) == 1:
+            return v.unflatten(0, x.shape[:2])
         self.calls.generator += len(rows)
-        flat = x.flatten(0, 1)
         u = self.in_batches(lambda i: generator.velocity(flat[i], sigma, self.negative[torch.zeros_like(i)]), len(rows))
-        u = u.unflatten(0, x.shape[:2])
-        return u + self.guidance_scale * (v - u)
+        return generator.family.guide(v, u, scale).unflatten(0, x.shape[:2])
 
     def in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:
         """`run` of all positions, so many at once as memory allows."""

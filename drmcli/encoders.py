@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from drmcli.errors import DrmError
 from drmcli.fingerprints import of_parts
-from drmcli.generator import TEXT, Generator
+from drmcli.generator import Generator
 from drmcli.reward import RewardModel
 
 
@@ -15,7 +15,7 @@ def share(reward: RewardModel, generator: Generator) -> str | None:
     know: that encoders were loaded in addition, or that the training's own cannot be had and the scores will be somewhat off.
     """
     try:
-        facts = differences(reward, generator.prints(TEXT), generator.max_sequence_length)
+        facts = differences(reward, generator.prints(reward.family.text), generator.max_sequence_length)
     except DrmError as error:  # a reward model with weights of its own can do without its base, but not as well
         reward.use_encoders(generator)
         return f"the encoders that the reward model was trained with cannot be had ({error.message}); it is asked with the generator's"
@@ -29,7 +29,7 @@ def share(reward: RewardModel, generator: Generator) -> str | None:
 def differences(reward: RewardModel, prints: dict[str, str], length: int) -> list[str]:
     """How the embeddings of a reward model's training differ from those of encoders with these prints, in words."""
     c = reward.config
-    names = [name for name in TEXT if c.text_encoder_3 or not name.endswith("_3")]
+    names = [name for name in reward.family.text if c.text_encoder_3 or not name.endswith("_3")]
     trained = of_parts(c.base_model, c.base_revision, names, flag="base_model")
     facts = []
     if ("text_encoder_3" in trained) != ("text_encoder_3" in prints):

@@ -1,9 +1,8 @@
 """A text-to-image pipeline in Hugging Face layout: prompts and images in, latents, velocities and pictures out.
 
-Any folder or hub id of a StableDiffusion3Pipeline works the same way. Only the parts that are asked for are loaded.
+Any folder or hub id of a pipeline that `drmcli.families` knows works the same way. Only the parts that are asked for are loaded.
 
-Dimension letters: B images or prompts, C latent channels, H and W latent height and width, L prompt tokens, D and P widths
-of token and pooled prompt embeddings.
+Dimension letters: B images or prompts, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
@@ -14,41 +13,25 @@ import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
+from drmcli.families import family_of
+from drmcli.families.base import Conditioning, Family
 from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer")
-TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclass
-class PromptEmbeds:
-    """Text conditioning of SD3: `prompt_embeds` [B, L, D] and `pooled_prompt_embeds` [B, P]."""
-
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def __getitem__(self, index: Any) -> PromptEmbeds:
-        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index])
-
-    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
-        return PromptEmbeds(self.prompt_embeds.to(*args, **kwargs), self.pooled_prompt_embeds.to(*args, **kwargs))
+PromptEmbeds = Conditioning
+"""The old name of `Conditioning`."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,14 +73,14 @@ def load_part(kind: type, where: str, name: str, *, revision: str | None, dtype:
     return model
 
 
-def use_attention(transformer: SD3Transformer2DModel, name: str) -> None:
-    """Attention kernels of a transformer: sdpa is PyTorch's own; for xformers MissingError where it or CUDA is not there."""
+def use_attention(denoiser: Any, name: str) -> None:
+    """Attention kernels of a denoiser: sdpa is PyTorch's own; for xformers MissingError where it or CUDA is not there."""
     if name != "xformers":
         return
     if not torch.cuda.is_available():
         raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
     try:
-        transformer.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
     except (ModuleNotFoundError, ImportError) as error:
         raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
 
@@ -105,15 +88,18 @@ def use_attention(transformer: SD3Transformer2DModel, name: str) -> None:
 class Generator:
     """A loaded pipeline and the few things that drm does with it.
 
-    `components`: any of "text", "vae", "transformer"; what is not asked for stays on disk. A transformer that is not asked
-    for is there on the meta device, since SD3's prompt encoding reads its config.
+    `components`: any of "text", "vae", "transformer" (the denoiser, whatever the pipeline calls it); what is not asked for stays on
+    disk. A denoiser that is not asked for is there on the meta device, since encoding may read its config.
     """
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, ref: str, *, revision: str | None, max_sequence_length: int):
+    def __init__(
+        self, pipe: Any, ref: str, *, revision: str | None, max_sequence_length: int, family: Family | None = None
+    ):
         self.pipe = pipe
         self.ref = ref
         self.revision = revision
         self.max_sequence_length = max_sequence_length
+        self.family = family or family_of(type(pipe).__name__)
 
     @classmethod
     def load(
@@ -138,51 +124,51 @@ class Generator:
         """
         where = local_or_hub(ref, flag)
         with explained(ref, flag), quiet_libraries():
-            reach(where, revision)
-            index = StableDiffusion3Pipeline.load_config(where, revision=revision)
-            kind = index.get("_class_name")
-            if kind != "StableDiffusion3Pipeline":
-                raise InputError(f"{flag} {ref}: holds a {kind}", hint="drm works with the StableDiffusion3 family")
-            known = inspect.signature(StableDiffusion3Pipeline.__init__).parameters
-            absent = {
-                name: None for name, value in index.items() if name in known and value in ([None, None], (None, None))
-            }
+            index = read_index(where, revision)
+            family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
+            kind: Any = family.pipeline_class(index["_class_name"])
+            known = inspect.signature(kind.__init__).parameters
+            given = {name: value for name, value in index.items() if name in known and isinstance(value, list | tuple)}
+            absent: dict[str, Any] = {name: None for name, value in given.items() if value[0] is None}
+            absent |= {name: None for name in family.optional if name in given}
             if not text_encoder_3:
-                absent |= {"text_encoder_3": None, "tokenizer_3": None}
+                absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name in known}
             if "text" not in components:
-                absent |= dict.fromkeys(TEXT)
+                absent |= {name: None for name in family.text if name in known}
             if "vae" not in components:
                 absent |= {"vae": None}
             if "transformer" not in components:
-                config = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision)
-                with torch.device("meta"):
-                    absent["transformer"] = SD3Transformer2DModel.from_config(config)
-            wanted = {n: v for n, v in index.items() if n in MODELS and n not in absent}
-            parts = (
-                {} if beside is None else beside.same_encoders(ref, revision, [n for n in wanted if n != "transformer"])
-            )
+                absent[family.denoiser] = empty_denoiser(family, where, revision)
+            wanted = {n: getattr(import_module(v[0]), v[1]) for n, v in given.items() if n not in absent}
+            wanted = {n: part for n, part in wanted.items() if issubclass(part, torch.nn.Module)}
+            others = [n for n in wanted if n != family.denoiser]
+            parts = {} if beside is None else beside.same_encoders(ref, revision, others)
             parts |= {
-                name: load_part(getattr(import_module(library), kind), where, name, revision=revision, dtype=dtype)
-                for name, (library, kind) in wanted.items()
+                name: load_part(part, where, name, revision=revision, dtype=dtype)
+                for name, part in wanted.items()
                 if name not in parts
             }
-            pipe = StableDiffusion3Pipeline.from_pretrained(
-                where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts
-            )
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.eval().requires_grad_(False)
-                if not part.__class__.__name__.startswith("SD3") or "transformer" in components:
-                    part.to(device)
+            pipe = kind.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts)
+        for name, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module):
+                module.eval().requires_grad_(False)
+                if name != family.denoiser or "transformer" in components:
+                    module.to(device)
         pipe.set_progress_bar_config(disable=True)
-        generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length)
+        generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
         if "transformer" in components:
-            use_attention(pipe.transformer, attention)
+            use_attention(generator.transformer, attention)
         return generator
 
     @property
-    def transformer(self) -> SD3Transformer2DModel:
-        return self.pipe.transformer
+    def transformer(self) -> Any:
+        """The denoiser: a transformer, or a U-Net."""
+        return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The denoiser's config."""
+        return dict(self.transformer.config)
 
     @property
     def device(self) -> torch.device:
@@ -192,33 +178,44 @@ class Generator:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that the transformer was made for."""
-        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+        """Side in pixels of the pictures that the denoiser was made for."""
+        return self.family.image_size(self.model_config, self.pipe.vae_scale_factor)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """C, H, W of the latents of a picture. Raises InputError for sides in pixels that the model cannot take."""
+        factor = self.pipe.vae_scale_factor
+        unit = factor * self.family.patch(self.model_config)
+        for flag, side in (("--height", height), ("--width", width)):
+            if side % unit:
+                hint = f"use {max(1, round(side / unit)) * unit}"
+                raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=hint)
+        largest = self.family.largest_side(self.model_config, factor)
+        if largest is not None and max(height, width) > largest:
+            raise InputError(
+                f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
+            )
+        return self.family.channels(self.model_config), height // factor, width // factor
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """All of the pipeline's text conditioning for B prompts."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return PromptEmbeds(embeds, pooled)
+        return self.family.encode_prompts(self.pipe, list(prompts), self.max_sequence_length)
+
+    @torch.no_grad()
+    def encode_negative(self, prompt: str, guidance_scale: float) -> Conditioning | None:
+        """A negative prompt's conditioning, one row; None where this scale takes no second pass."""
+        if not self.family.guides(self.model_config, guidance_scale):
+            return None
+        return self.family.encode_negative(self.pipe, prompt, self.max_sequence_length)
 
     def truncated(self, prompt: str) -> bool:
         """Does a prompt hold more tokens than every one of the text encoders reads?"""
-        rooms = [(t, t.model_max_length) for t in (self.pipe.tokenizer, self.pipe.tokenizer_2) if t is not None]
-        if self.pipe.tokenizer_3 is not None:
-            rooms.append((self.pipe.tokenizer_3, self.max_sequence_length))
-        return all(len(tokenizer(prompt, truncation=False).input_ids) > room for tokenizer, room in rooms)
+        return self.family.truncated(self.pipe, prompt, self.max_sequence_length)
 
     def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
         side = resolution or self.image_size
-        unit = self.pipe.vae_scale_factor * self.pipe.patch_size
+        unit = self.pipe.vae_scale_factor * self.family.patch(self.model_config)
         if side % unit:
             raise InputError(
                 f"--resolution {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}"
@@ -227,70 +224,65 @@ class Generator:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
-        """Latents [B, C, H, W] as the transformer sees them: posterior modes, shifted and scaled, float32."""
-        vae = self.pipe.vae
-        pixels = self.preprocess(images, resolution).to(self.device, vae.dtype)
-        latents = vae.encode(pixels).latent_dist.mode().float()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        """Latents [B, C, H, W] as the denoiser sees them: posterior modes, shifted and scaled, float32."""
+        pixels = self.preprocess(images, resolution).to(self.device, self.pipe.vae.dtype)
+        return self.family.encode_images(self.pipe, pixels)
 
-    def sigmas(self, num_inference_steps: int) -> Tensor:
-        """Noise levels [n + 1] from 1 to 0 of the pipeline's own scheduler, float32 on the CPU."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
-        if scheduler.config.use_dynamic_shifting:
-            raise InputError(
-                f"--generator {self.ref}: its scheduler shifts with the resolution",
-                hint="set use_dynamic_shifting to false",
-            )
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler.sigmas.float()
+    def sigmas(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> Tensor:
+        """The pipeline's own noise levels [n + 1], falling, float32 on the CPU. size: H, W of the latents (None: the model's own)."""
+        side = self.image_size // self.pipe.vae_scale_factor
+        return self.family.sigmas(self.pipe, num_inference_steps, size or (side, side))
 
     def velocity(
         self,
         latents: Tensor,
         sigma: float | Tensor,
-        cond: PromptEmbeds,
-        negative: PromptEmbeds | None = None,
+        cond: Conditioning,
+        negative: Conditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
         """v [B, C, H, W], float32, of latents at noise level sigma (one, or [B]).
 
-        With `negative` and a guidance_scale w other than 1: v_u + w (v_c - v_u), both in one batch.
+        With `negative` (see `encode_negative`): the pipeline's own rule of guidance, both passes in one batch.
         """
-        dtype = self.transformer.pos_embed.proj.weight.dtype
-        guided = negative is not None and guidance_scale != 1.0
-        timestep = 1000.0 * torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
-        x, embeds, pooled = latents.to(dtype), cond.prompt_embeds, cond.pooled_prompt_embeds
-        if guided:
-            assert negative is not None
-            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-            embeds = torch.cat([negative.prompt_embeds.expand_as(embeds), embeds])
-            pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
-        v = self.transformer(x, embeds.to(dtype), pooled.to(dtype), timestep, return_dict=False)[0].float()
-        if not guided:
-            return v
-        unconditional, conditional = v.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        if negative is None or self.passes(negative, guidance_scale) == 1:
+            return self._pass(latents, self._levels(sigma, latents), cond, guidance_scale)
+        both = Conditioning.cat([negative.expand(len(cond)), cond])
+        twice = torch.cat([latents, latents])
+        without, with_prompt = self._pass(twice, self._levels(sigma, latents).repeat(2), both, guidance_scale).chunk(2)
+        return self.family.guide(with_prompt, without, guidance_scale)
 
-    def velocity_from(self, states: Sequence[Tensor], block: int, height: int, width: int) -> Tensor:
-        """v [B, C, H, W], float32, without guidance, from the states before a block: image tokens, context, time embedding.
+    def velocity_from(
+        self,
+        states: Any,
+        block: int,
+        latents: Tensor,
+        sigma: float | Tensor,
+        cond: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """v [B, C, H, W] without a negative prompt, from what the block before `block` returned for these latents.
 
-        The rest of the transformer alone: what a frozen reward model on its first blocks has computed is not computed again.
+        What a frozen reward model on the generator's first blocks has computed is not computed again; embeddings are.
         """
-        t = self.transformer
-        hidden, context, temb = states
-        for layer in t.transformer_blocks[block:]:
-            context, hidden = layer(hidden_states=hidden, encoder_hidden_states=context, temb=temb)
-        tokens = t.proj_out(t.norm_out(hidden, temb))  # [B, h * w, p * p * C]
-        p, channels = t.config.patch_size, t.out_channels
-        grid = tokens.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, channels))  # [B, h, w, p, p, C]
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), channels, height, width).float()
+        with self.family.going_on(self.transformer, block, states):
+            return self._pass(latents, self._levels(sigma, latents), cond, guidance_scale)
+
+    def passes(self, negative: Conditioning | None, guidance_scale: float) -> int:
+        """Latents that go through the denoiser for each one whose velocity is asked for: 2 with guidance by a second pass."""
+        return 2 if negative is not None and self.family.guides(self.model_config, guidance_scale) else 1
+
+    def _pass(self, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
+        inputs = self.family.inputs(self.transformer, latents, sigma, cond, guidance_scale)
+        return self.family.velocity(self.transformer(**inputs, return_dict=False), latents, sigma)
+
+    def _levels(self, sigma: float | Tensor, latents: Tensor) -> Tensor:
+        return torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of clean latents [B, C, H, W]."""
-        vae = self.pipe.vae
-        z = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pil")
+        return self.pipe.image_processor.postprocess(self.family.decode(self.pipe, latents), output_type="pil")
 
     def load_lora(self, folder: str, flag: str = "--lora") -> None:
         """Put a LoRA of the transformer on, saved as diffusers saves it. Raises InputError for one that changes nothing."""
@@ -307,13 +299,14 @@ class Generator:
         mine, theirs = self.prints(names), of_parts(ref, revision, names)
         return {name: getattr(self.pipe, name) for name in names if name in mine and mine[name] == theirs.get(name)}
 
-    def prints(self, names: Sequence[str] = (*TEXT, "vae")) -> dict[str, str]:
-        """A short hash of what each of these parts computes, for those that are there. See `drmcli.fingerprints`."""
+    def prints(self, names: Sequence[str] | None = None) -> dict[str, str]:
+        """A short hash of what each of these parts (None: text and VAE) computes, for those that are there. See `drmcli.fingerprints`."""
+        names = (*self.family.text, "vae") if names is None else names
         return of_parts(self.ref, self.revision, [name for name in names if getattr(self.pipe, name, None) is not None])
 
     def fingerprint(self, parts: Sequence[str]) -> str:
         """A short hash of what the named parts ("vae", "text") compute, number format and prompt length included."""
-        names = [*(("vae",) if "vae" in parts else ()), *(TEXT if "text" in parts else ())]
+        names = [*(("vae",) if "vae" in parts else ()), *(self.family.text if "text" in parts else ())]
         module = getattr(self.pipe, "vae" if "vae" in parts else "text_encoder")
         facts = [*sorted(self.prints(names).items()), str(module.dtype)]
         if "text" in parts:
@@ -328,6 +321,30 @@ class Generator:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def read_index(where: str, revision: str | None) -> dict[str, Any]:
+    """model_index.json of a pipeline's folder or hub id."""
+    reach(where, revision)
+    return dict(DiffusionPipeline.load_config(where, revision=revision))
+
+
+def load_denoiser(family: Family, where: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    """A pipeline's denoiser alone, with its weights."""
+    return load_part(family.denoiser_class, where, family.denoiser, revision=revision, dtype=dtype)
+
+
+def denoiser_config(family: Family, where: str, revision: str | None) -> dict[str, Any]:
+    """A pipeline's denoiser's config, without weights."""
+    kind: Any = family.denoiser_class
+    return dict(kind.load_config(where, subfolder=family.denoiser, revision=revision))
+
+
+def empty_denoiser(family: Family, where: str, revision: str | None) -> Any:
+    """A pipeline's denoiser on the meta device."""
+    kind: Any = family.denoiser_class
+    with torch.device("meta"):
+        return kind.from_config(denoiser_config(family, where, revision))
 
 
 def _refuse_broken(module: torch.nn.Module, where: str) -> None:

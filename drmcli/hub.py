@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from drmcli.errors import DrmError, InputError, MissingError
 
 LAYOUTS = {
-    "": "the folder must hold a StableDiffusion3Pipeline in Hugging Face layout with .safetensors weights",
+    "": "the folder must hold a pipeline in Hugging Face layout with .safetensors weights",
     "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
     "--judge": "give the `reward` folder of a train-reward run, or a scorer's name",
     "--scorer": "give the `reward` folder of a train-reward run, or a scorer's name",

@@ -12,14 +12,13 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
-from drmcli.generator import PromptEmbeds
+from drmcli.families.base import Conditioning, Family
 from drmcli.reward import RewardConfig, RewardModel
 
 FIXED = 0.6e9
@@ -94,21 +93,23 @@ def plan_training(
     mixed: the autocast dtype (float32 for none). Frozen backbones are kept in it, trained weights in float32.
     """
     with torch.device("meta"):
-        model = RewardModel(config, SD3Transformer2DModel.from_config(config.transformer))
+        model = RewardModel.from_config(config)
         model.set_trainable()
     store_frozen_in(model, mixed)
 
-    def step(latents: Tensor, sigma: Tensor, cond: PromptEmbeds) -> Tensor:
+    def step(latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         return model(latents, sigma, cond)
 
     def checkpointing() -> None:
         model.gradient_checkpointing = True
 
     size = latent_side, latent_side
-    return _traced(model, config.transformer, step, checkpointing, images, size, tokens, mixed, ema=ema, guided=False)
+    backbone = model.transformer, model.family, config.transformer
+    return _traced(model, backbone, step, checkpointing, images, size, tokens, mixed, ema=ema, guided=False)
 
 
 def plan_policy(
+    family: Family,
     transformer: dict[str, Any],
     *,
     lora: LoraConfig | None,
@@ -124,27 +125,21 @@ def plan_policy(
     guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `component_bytes`.
     """
     with torch.device("meta"):
-        model = SD3Transformer2DModel.from_config(transformer)
+        model: Any = family.denoiser_class.from_config(transformer)  # type: ignore[attr-defined]
         if lora is not None:
             model.requires_grad_(False)
             model.add_adapter(lora)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else mixed)
 
-    def step(latents: Tensor, sigma: Tensor, cond: PromptEmbeds) -> Tensor:
-        dtype = model.pos_embed.proj.weight.dtype
-        return model(
-            hidden_states=latents.to(dtype),
-            timestep=1000 * sigma,
-            encoder_hidden_states=cond.prompt_embeds.to(dtype),
-            pooled_projections=cond.pooled_prompt_embeds.to(dtype),
-            return_dict=False,
-        )[0]
+    def step(latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        output = model(**family.inputs(model, latents, sigma, cond, None), return_dict=False)
+        return family.velocity(output, latents, sigma)
 
     size = latent_side, latent_side
     return _traced(
         model,
-        transformer,
+        (model, family, transformer),
         step,
         model.enable_gradient_checkpointing,
         states,
@@ -158,8 +153,8 @@ def plan_policy(
 
 def _traced(
     model: nn.Module,
-    transformer: dict[str, Any],
-    step: Callable[[Tensor, Tensor, PromptEmbeds], Tensor],
+    backbone: tuple[nn.Module, Family, dict[str, Any]],
+    step: Callable[[Tensor, Tensor, Conditioning], Tensor],
     checkpointing: Callable[[], None],
     count: int,
     size: tuple[int, int],
@@ -173,11 +168,9 @@ def _traced(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         n = 2 * count if guided else count
-        latents = torch.randn(n, int(transformer["in_channels"]), *size)
-        cond = PromptEmbeds(
-            torch.randn(n, tokens, int(transformer["joint_attention_dim"])),
-            torch.randn(n, int(transformer["pooled_projection_dim"])),
-        )
+        denoiser, family, transformer = backbone
+        latents = torch.randn(n, family.channels(transformer), *size)
+        cond = family.blank(transformer, n, tokens)
         sigma = torch.rand(n)
 
         def saved() -> int:
@@ -187,7 +180,7 @@ def _traced(
 
         whole = saved()
         checkpointing()
-        blocks = sum(len(m.transformer_blocks) for m in model.modules() if isinstance(m, SD3Transformer2DModel))
+        blocks = len(family.blocks(denoiser))
         checkpointed = saved() + whole // max(1, blocks)
         trained = [p for p in model.parameters() if p.requires_grad]
         bytes_of: Callable[[Any], int] = lambda ps: sum(p.numel() * p.element_size() for p in ps)  # noqa: E731
@@ -209,12 +202,14 @@ def component_bytes(
     """Bytes of a pipeline's other models in `dtype`, from their configs alone. index: its model_index.json."""
     found = {}
     for name in names:
-        library, kind = index.get(name) or (None, None)
-        if not library or not kind:  # a pipeline without T5 names it with nulls
+        entry = index.get(name)
+        if not isinstance(entry, list | tuple) or not entry[0]:  # a pipeline without T5 names it with nulls
             continue
-        cls = getattr(import_module(library), kind)
+        cls = getattr(import_module(entry[0]), entry[1])
+        if not issubclass(cls, nn.Module):
+            continue
         with torch.device("meta"):
-            if library == "diffusers":
+            if hasattr(cls, "load_config"):
                 model = cls.from_config(cls.load_config(where, subfolder=name, revision=revision))
             else:
                 model = cls(AutoConfig.from_pretrained(where, subfolder=name, revision=revision))

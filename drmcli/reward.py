@@ -1,4 +1,4 @@
-"""The reward model of the paper: a diffusion transformer cut short, with a small head that scores noisy latents.
+"""The reward model of the paper: a diffusion model cut short, with a small head that scores noisy latents.
 
 DRM (arXiv 2605.25661, section 3): image tokens f_v of the last kept block; f_p = MLP(f_v) to a lower width; tokens back on
 their 2-D grid; s = MLP(Pool(Conv(f_p))). Trained at every noise level, it scores a latent at any step: R(x_t, t, c).
@@ -11,32 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
-from huggingface_hub import ModelHubMixin, constants, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from drmcli.config import local_or_hub, spoken
-from drmcli.errors import InputError, RunError
-from drmcli.fingerprints import reach
-from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds, load_part, quiet_libraries, use_attention
+from drmcli.errors import InputError
+from drmcli.families import family_named, family_of
+from drmcli.families.base import Conditioning, Family, listening
+from drmcli.generator import Generator, denoiser_config, load_denoiser, quiet_libraries, read_index, use_attention
+from drmcli.head import Head
 from drmcli.hub import explained
+from drmcli.noise import score_clean
 from drmcli.run import seed_of
 
-LORA_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
 FORMAT = 1
 
 
@@ -47,7 +42,9 @@ class RewardConfig:
     base_model: str
     """Pipeline that the backbone was cut from; its VAE and text encoders make the inputs."""
     transformer: dict[str, Any]
-    """Config of the base's whole transformer, as diffusers writes it."""
+    """Config of the base's whole denoiser, as diffusers writes it."""
+    family: str = "sd3"
+    """Kind of the base's pipeline, see `drmcli.families`."""
     base_revision: str | None = None
     """Revision of the base on the hub."""
     max_sequence_length: int = 256
@@ -68,51 +65,27 @@ class RewardConfig:
     """full: the backbone's weights are saved here; lora, frozen: they are the base's."""
     lora_rank: int = 64
     lora_alpha: int = 128
-    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    lora_targets: list[str] | None = None
+    """Modules that carry the LoRA; None is the family's own list."""
+    guidance: float | None = None
+    """The guidance scale that a guidance-distilled base is told; None is the family's own."""
     format: int = FORMAT
     """Version of this layout."""
 
 
-class Head(nn.Module):
-    """s = MLP(Pool(Conv(Reshape(MLP(f_v))))), times a learnable scale. Always float32.
-
-    An unscaled Bradley-Terry head can sit near chance for long, hence the scale.
-    """
-
-    def __init__(self, width: int, taps: int, head_width: int, pool: str):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(taps))
-        self.reduce = nn.Sequential(nn.Linear(width * taps, head_width), nn.GELU(), nn.Linear(head_width, head_width))
-        self.conv = nn.Conv2d(head_width, head_width, 3, padding=1)
-        self.attend = nn.Conv2d(head_width, 1, 1) if pool == "attention" else None
-        self.score = nn.Sequential(nn.Linear(head_width, head_width), nn.GELU(), nn.Linear(head_width, 1))
-        self.log_scale = nn.Parameter(torch.zeros(1))  # not of shape []: sharded training has no place for a scalar
-
-    def forward(self, tokens: list[Tensor], height: int, width: int) -> Tensor:
-        """T tensors [B, L, D] of a height x width grid, row-major -> scores [B]."""
-        x = torch.cat([norm(t.float()) for norm, t in zip(self.norms, tokens)], dim=-1)
-        x = self.reduce(x).transpose(1, 2).unflatten(2, (height, width))  # [B, F, H/p, W/p]
-        x = F.gelu(self.conv(x))
-        if self.attend is None:
-            pooled = x.mean((2, 3))
-        else:
-            pooled = (x * self.attend(x).flatten(2).softmax(-1).unflatten(2, (height, width))).sum((2, 3))
-        return self.score(pooled).squeeze(-1) * self.log_scale.exp()
-
-
 class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
-    """A truncated SD3 transformer and its head. `score` takes latents, `score_images` pictures.
+    """A denoiser cut short and its head. `score` takes latents, `score_images` pictures.
 
     Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, save with `save_pretrained`.
     """
 
-    def __init__(self, config: RewardConfig, transformer: SD3Transformer2DModel):
+    def __init__(self, config: RewardConfig, transformer: Any):
         super().__init__()
         self.config = config
-        blocks = len(transformer.transformer_blocks)
-        depth = int(config.transformer["num_layers"])
+        self.family: Family = family_named(config.family)
+        depth = self.family.depth(config.transformer)
         keep = depth - config.drop_layers
-        if not 1 <= keep <= blocks:
+        if not 1 <= keep <= len(self.family.blocks(transformer)):
             raise InputError(
                 f"--set drop_layers: {config.drop_layers} of {depth} blocks leave nothing", hint=f"use 0 to {depth - 1}"
             )
@@ -121,11 +94,37 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
             raise InputError(f"--set tap_layers: {taps} for {keep} kept blocks", hint=f"count from 0 to {keep - 1}")
         self.taps = taps
         self.transformer = transformer
-        transformer.transformer_blocks = transformer.transformer_blocks[: max(taps) + 1]
-        transformer.norm_out, transformer.proj_out = nn.Identity(), nn.Identity()
-        self.head = Head(transformer.inner_dim, len(taps), config.head_width, config.head_pool)
-        self.gradient_checkpointing = False
+        self.family.cut(transformer, max(taps) + 1)
+        self.head = Head(self.family.width(transformer), len(taps), config.head_width, config.head_pool)
         self._generator: Generator | None = None
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> RewardModel:
+        """The model that a config describes, with weights drawn at random; under `torch.device("meta")` without any."""
+        kind: Any = family_named(config.family).denoiser_class
+        return cls(config, kind.from_config(config.transformer))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The kept blocks."""
+        return self.family.blocks(self.transformer)
+
+    @property
+    def cost(self) -> float:
+        """Of one call, in forward passes of the whole denoiser."""
+        return len(self.blocks) / self.family.depth(self.config.transformer)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Are blocks computed once more in the backward pass, to save memory?"""
+        return bool(self.transformer.is_gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
 
     # --- making and loading -------------------------------------------------------------------------------------------
 
@@ -148,18 +147,20 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         """
         where = local_or_hub(ref, flag)
         with explained(ref, flag), quiet_libraries():
-            reach(where, revision)
-            full = dict(SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=revision))
+            family = family_of(str(read_index(where, revision).get("_class_name")), f"{flag} {ref}")
+            full = denoiser_config(family, where, revision)
             torch.manual_seed(seed_of("reward", seed))
             if init == "random":
-                transformer = SD3Transformer2DModel.from_config(full).to(dtype)
+                kind: Any = family.denoiser_class
+                transformer = kind.from_config(full).to(dtype)
             else:
-                transformer = load_part(SD3Transformer2DModel, where, "transformer", revision=revision, dtype=dtype)
+                transformer = load_denoiser(family, where, revision=revision, dtype=dtype)
         config = RewardConfig(
             base_model=ref,
             base_revision=revision,
             transformer={k: v for k, v in full.items() if not k.startswith("_")},
-            **settings,
+            family=family.name,
+            **({"lora_targets": list(family.lora_targets)} | settings),
         )
         torch.manual_seed(seed_of("head", seed))
         model = cls(config, transformer)
@@ -177,16 +178,13 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
                     r=self.config.lora_rank,
                     lora_alpha=self.config.lora_alpha,
                     init_lora_weights="gaussian",
-                    target_modules=list(self.config.lora_targets),
+                    target_modules=list(self.config.lora_targets or self.family.lora_targets),
                 )
                 self.transformer.add_adapter(lora)
         else:
             self.transformer.requires_grad_(self.config.backbone == "full")
-        # The text stream's own output of the last block is read by nobody.
-        last = self.transformer.transformer_blocks[-1]
-        for name, parameter in last.named_parameters():
-            if name.startswith(("ff_context", "attn.to_add_out")):
-                parameter.requires_grad_(False)
+        for parameter in self.family.unread(self.blocks):
+            parameter.requires_grad_(False)
         self.head.requires_grad_(True)
 
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -206,34 +204,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        from huggingface_hub import ModelCard
-
-        c = self.config
-        kept = max(self.taps) + 1
-        text = f"""---
-library_name: drmcli
-tags: [reward-model, text-to-image, diffusion]
-base_model: {c.base_model if "{" not in c.base_model else "embedded"}
----
-
-# A diffusion-based reward model
-
-Scores how well a picture, or a noisy latent at any step, serves a prompt. Higher is better; only differences for one prompt
-mean something.
-
-- base: {spoken(c.base_model)}, revision {c.base_revision or "main"}; {kept} of {c.transformer["num_layers"]} transformer blocks
-- trained: {c.backbone} backbone; image tokens of block {", ".join(map(str, self.taps))}; head width {c.head_width}, {c.head_pool} pooling
-- training resolution: {c.resolution or "the base's own"}; T5: {"yes" if c.text_encoder_3 else "no"}
-
-```python
-from drmcli import RewardModel
-model = RewardModel.from_pretrained("FOLDER")
-model.score_images([image], ["a prompt"], sigmas=[0.25])
-```
-
-Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was trained from it.
-"""
-        return ModelCard(text)
+        return model_card(self)
 
     @classmethod
     def from_pretrained(
@@ -268,6 +239,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                     )
                 )
             config = read_config(where, f"{flag} {model_id}")
+            family = family_named(config.family, f"{flag} {model_id}")
             weights = where / constants.SAFETENSORS_SINGLE_FILE
             if not weights.is_file():
                 raise InputError(
@@ -275,13 +247,10 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
                 )
             tensors = load_file(weights)
             if config.backbone == "full":
-                transformer = SD3Transformer2DModel.from_config(config.transformer)
+                model = cls.from_config(config)
             else:
                 base = local_or_hub(config.base_model, f"{flag} {model_id}: base_model")
-                transformer = load_part(
-                    SD3Transformer2DModel, base, "transformer", revision=config.base_revision, dtype=torch.float32
-                )
-            model = cls(config, transformer)
+                model = cls(config, load_denoiser(family, base, revision=config.base_revision, dtype=torch.float32))
             model.set_trainable()
         model.load_tensors(tensors, f"{flag} {model_id}")
         use_attention(model.transformer, attention)
@@ -294,24 +263,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
         mine = self.saved_tensors()
         # Files written before the scale had an axis.
         tensors = {name: t.reshape(1) if name == "head.log_scale" and t.ndim == 0 else t for name, t in tensors.items()}
-        problem = None
-        if missing := sorted(mine.keys() - tensors.keys()):
-            problem = f"lacks the tensor {missing[0]}"
-        elif surplus := sorted(tensors.keys() - mine.keys()):
-            problem = f"has a tensor {surplus[0]} that its config.json does not explain"
-        else:
-            for name, tensor in tensors.items():
-                if tensor.shape != mine[name].shape:
-                    problem = f"{name} has shape {list(tensor.shape)}, not {list(mine[name].shape)}"
-                elif not bool(torch.isfinite(tensor).all()):
-                    problem = f"the weights of {name} are not finite"
-                if problem:
-                    break
-        if problem:
-            raise InputError(
-                f"{where}: {problem}",
-                hint="its config.json and weights do not belong together; train or download it again",
-            )
+        check_tensors(tensors, mine, where)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 mine[name].copy_(tensor)
@@ -319,43 +271,36 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def features(
-        self, latents: Tensor, sigma: Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+        self, latents: Tensor, sigma: Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> list[Tensor]:
         """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B].
 
-        states: filled with what the next block of the whole transformer would take: image tokens, context, time embedding.
+        states: gets what the last kept block returned, which `Generator.velocity_from` goes on from.
         """
-        t = self.transformer
-        dtype = t.pos_embed.proj.weight.dtype
-        hidden = t.pos_embed(latents.to(dtype)).contiguous()  # [B, L, D]
-        temb = t.time_text_embed(1000.0 * sigma, cond.pooled_prompt_embeds.to(dtype))
-        context = t.context_embedder(cond.prompt_embeds.to(dtype))
-        out = []
-        for i, block in enumerate(t.transformer_blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                context, hidden = checkpoint(block, hidden, context, temb, use_reentrant=False)
-            else:
-                context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=temb)
-            if i in self.taps:
-                out.append(hidden)
+        config, family = self.config.transformer, self.family
+        inputs = family.inputs(self.transformer, latents, sigma, cond, self.guidance)
+        grid = family.grid(config, (latents.shape[2], latents.shape[3]))
+        last = len(self.blocks) - 1
+        with listening(self.blocks, [*self.taps, last]) as heard:
+            self.transformer(**inputs, return_dict=False)
         if states is not None:
-            states += [hidden, context, temb]
-        return out
+            states.append(heard[last])
+        return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
 
     def score(
-        self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+        self, latents: Tensor, sigma: float | Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> Tensor:
         """R(x_sigma, c): scores [B], float32, differentiable. latents [B, C, H, W] at noise level sigma (one, or [B]).
 
         states: see `features`.
         """
-        channels = int(self.config.transformer["in_channels"])
+        config, family = self.config.transformer, self.family
+        channels, p = family.channels(config), family.patch(config)
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise InputError(
                 f"latents of shape {list(latents.shape)}: this reward model was trained on {channels} channels",
                 hint="use a reward model whose base is the generator's",
             )
-        p = int(self.config.transformer["patch_size"])
         if latents.shape[2] % p or latents.shape[3] % p:
             raise InputError(
                 f"latents of {latents.shape[2]} x {latents.shape[3]}: not a multiple of the patch size {p}",
@@ -363,11 +308,39 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
             )
         sigma = torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
         tokens = self.features(latents, sigma, cond, states=states)
-        device_type = latents.device.type
-        with torch.autocast(device_type, enabled=False):
-            return self.head(tokens, latents.shape[2] // p, latents.shape[3] // p)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.head(tokens, *family.grid(config, (latents.shape[2], latents.shape[3])))
 
     forward = score
+
+    def check_latents(self, generator: Generator, where: str) -> None:
+        """Raises InputError, beginning with `where`, unless the model was made for the generator's latent space.
+
+        Two pipelines share one where their families name it alike (`Family.latents`) and it has as many channels: a reward model
+        on Stable Diffusion 3.5 Medium judges the states of 3.5 Large, one on FLUX.1 those of its fine-tunes.
+        """
+        spaces = [
+            (family.latents(config), family.channels(config))
+            for family, config in (
+                (self.family, self.config.transformer),
+                (generator.family, generator.model_config),
+            )
+        ]
+        (name, channels), (wanted, count) = spaces
+        if spaces[0] != spaces[1]:
+            raise InputError(
+                f"{where}: made for {name} latents of {channels} channels, not {wanted} latents of {count} channels",
+                hint="use a reward model whose base is the generator's",
+            )
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that a guidance-distilled base is told."""
+        return self.family.default_guidance if self.config.guidance is None else self.config.guidance
+
+    def share_blocks(self, generator: Generator) -> None:
+        """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""
+        self.family.share(self.transformer, generator.transformer)
 
     def generator(self, *, device: torch.device | str | None = None, beside: Generator | None = None) -> Generator:
         """The base pipeline's VAE and text encoders as in training, loaded once. beside: see `Generator.load`."""
@@ -411,9 +384,7 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         names = list(unique)
         parts = [generator.encode_prompts(names[i : i + batch_size]) for i in range(0, len(names), batch_size)]
-        embeds = PromptEmbeds(
-            torch.cat([p.prompt_embeds for p in parts]), torch.cat([p.pooled_prompt_embeds for p in parts])
-        )
+        embeds = Conditioning.cat(parts)
         out = []
         for i in range(0, len(images), batch_size):
             some = list(prompts[i : i + batch_size])
@@ -424,45 +395,56 @@ Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was
         return torch.cat(out)
 
 
-@torch.no_grad()
-def score_clean(
-    model: Callable[[Tensor, float, PromptEmbeds], Tensor],
-    latents: Tensor,
-    cond: PromptEmbeds,
-    keys: Sequence[str],
-    sigmas: Sequence[float],
-    *,
-    noise_samples: int,
-    seed: int,
-) -> Tensor:
-    """Scores [B, len(sigmas)] of clean latents, noised and averaged over the draws. See `keyed_noise` for the B keys.
-
-    Raises RunError for a score that is not finite.
-    """
-    scores = torch.zeros(len(latents), len(sigmas), device=latents.device)
-    for draw in range(noise_samples if any(s > 0 for s in sigmas) else 1):
-        noise = keyed_noise(keys, latents.shape[1:], seed=seed, draw=draw).to(latents.device)
-        for j, sigma in enumerate(sigmas):
-            if sigma > 0:
-                scores[:, j] += model(add_noise(latents, noise, sigma), sigma, cond) / noise_samples
-            elif draw == 0:
-                scores[:, j] = model(latents, 0.0, cond)
-    if not bool(torch.isfinite(scores).all()):
-        raise RunError("scoring: a score is not finite", hint="check the reward model's weights, or use --dtype fp32")
-    return scores
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Raises InputError, beginning with `where`, for missing, surplus, misshapen or non-finite weights."""
+    problem = None
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problem = f"lacks the tensor {missing[0]}"
+    elif surplus := sorted(tensors.keys() - expected.keys()):
+        problem = f"has a tensor {surplus[0]} that its config.json does not explain"
+    else:
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                problem = f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
+            elif not bool(torch.isfinite(tensor).all()):
+                problem = f"the weights of {name} are not finite"
+            if problem:
+                break
+    if problem:
+        raise InputError(
+            f"{where}: {problem}",
+            hint="its config.json and weights do not belong together; train or download it again",
+        )
 
 
-def keyed_noise(keys: Sequence[str], shape: Sequence[int], *, seed: int, draw: int) -> Tensor:
-    """Gaussian noise [B, *shape] that depends on each key, the seed and the draw, and so never on the batch.
+def model_card(model: RewardModel) -> ModelCard:
+    """README.md of a saved model."""
+    c = model.config
+    kept = max(model.taps) + 1
+    text = f"""---
+library_name: drmcli
+tags: [reward-model, text-to-image, diffusion]
+base_model: {c.base_model if "{" not in c.base_model else "embedded"}
+---
 
-    A picture's key names its content: two pictures of a prompt have noise of their own, as a sampler's candidates have.
-    """
-    unique: dict[str, Tensor] = {}
-    for key in keys:
-        if key not in unique:
-            rng = torch.Generator().manual_seed(seed_of("noise", seed, draw, key))
-            unique[key] = torch.randn(tuple(shape), generator=rng)
-    return torch.stack([unique[key] for key in keys])
+# A diffusion-based reward model
+
+Scores how well a picture, or a noisy latent at any step, serves a prompt. Higher is better; only differences for one prompt
+mean something.
+
+- base: {spoken(c.base_model)}, revision {c.base_revision or "main"}; {kept} of {model.family.depth(c.transformer)} blocks
+- trained: {c.backbone} backbone; image tokens of block {", ".join(map(str, model.taps))}; head width {c.head_width}, {c.head_pool} pooling
+- training resolution: {c.resolution or "the base's own"}; T5: {"yes" if c.text_encoder_3 else "no"}
+
+```python
+from drmcli import RewardModel
+model = RewardModel.from_pretrained("FOLDER")
+model.score_images([image], ["a prompt"], sigmas=[0.25])
+```
+
+Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was trained from it.
+"""
+    return ModelCard(text)
 
 
 def read_config(folder: Path, where: str) -> RewardConfig:

@@ -101,8 +101,8 @@ def roll_out(
     max_batch: int = 64,
 ) -> Rollouts:
     """Trajectories for P prompts, one seed each. Raises RunError for latents or rewards that are not finite."""
-    device = cond.prompt_embeds.device
-    sigmas = generator.sigmas(plan.num_inference_steps)
+    device = cond.device
+    sigmas = generator.sigmas(plan.num_inference_steps, (shape[1], shape[2]))
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     grouped = plan.algorithm == "flow-grpo"
     k = plan.group_size
@@ -218,7 +218,7 @@ class Counter:
     reward_calls: int = 0
 
     def velocity(self, x: Tensor, sigma: float, owner: Tensor) -> Tensor:
-        self.generator_calls += len(x) * (2 if self.negative is not None and self.guidance_scale != 1 else 1)
+        self.generator_calls += len(x) * self.generator.passes(self.negative, self.guidance_scale)
         parts = torch.arange(len(x), device=x.device).split(self.max_batch)
         return torch.cat(
             [

@@ -176,12 +176,12 @@ def sample(
     comes from a picture's own seed, so no picture depends on its batch; the first draw is the initial noise that diffusers'
     pipelines take from the same seed. Raises RunError naming the step when latents are not finite.
     """
-    device = cond.prompt_embeds.device
+    device = cond.device
     models = Models(
         generator, reward, cond, reward_cond, negative, search.guidance_scale, search.max_batch, device, search.share,
         search.pictures,
     )  # fmt: skip
-    sigmas = generator.sigmas(search.num_inference_steps)
+    sigmas = generator.sigmas(search.num_inference_steps, (shape[1], shape[2]))
     total = len(sigmas) - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = torch.arange(len(seeds))

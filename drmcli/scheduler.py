@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
     @classmethod
     def from_pipe(
         cls,
-        pipe: StableDiffusion3Pipeline,
+        pipe: Any,
         reward: RewardModel,
         *,
         prompt: str | Sequence[str],
@@ -61,11 +61,18 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         if len(seeds) != len(prompts):
             raise InputError(f"seed: {len(seeds)} seeds for {len(prompts)} pictures", hint="give one, or one a picture")
         length = reward.config.max_sequence_length if max_sequence_length is None else max_sequence_length
-        encoder = Generator(pipe, reward.config.base_model, revision=None, max_sequence_length=length)
+        if not reward.family.steps_in_scheduler:
+            raise InputError(
+                f"StepwiseScheduler: {type(pipe).__name__} does not hand its scheduler what a reward model can judge",
+                hint="use `drm sample --stepwise`",
+            )
+        encoder = Generator(
+            pipe, reward.config.base_model, revision=None, max_sequence_length=length, family=reward.family
+        )
         cond: PromptEmbeds = encoder.encode_prompts(prompts)
         scheduler = cls.from_config(pipe.scheduler.config)
         scheduler.search = Search(mode="stepwise", beams=beams, step_rule=step_rule, noise_level=noise_level, **search)
-        device = cond.prompt_embeds.device
+        device = cond.device
         scheduler.models = Models(None, reward, cond, cond, None, 1.0, scheduler.search.max_batch, device)
         scheduler.seeds = seeds
         scheduler._begin()

@@ -80,7 +80,7 @@ def test_only_models_and_recipes_see_diffusers() -> None:
     for name, tree in modules().items():
         found = imports(tree)
         if uses(found, "diffusers") or uses(found, "transformers"):
-            assert name in MODELS or name.startswith("recipes."), name
+            assert name in MODELS or name.startswith(("recipes.", "families.")), name
 
 
 def test_accelerate_is_seen_in_recipes_alone() -> None:
@@ -119,3 +119,22 @@ def test_nothing_unpickles() -> None:
         loads = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
         assert ast.unparse(tree).count("torch.load") == len(loads), name
         assert all("weights_only=True" in ast.unparse(n) for n in loads), name
+
+
+def test_a_family_names_its_models_and_nobody_else_does() -> None:
+    """A model or pipeline class of diffusers is imported in the file of its family alone; `tiny.build` makes the embedded one."""
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffusers":
+                for alias in node.names:
+                    model = alias.name.endswith(("Transformer2DModel", "UNet2DConditionModel")) or (
+                        alias.name.endswith("Pipeline") and alias.name != "DiffusionPipeline"
+                    )
+                    assert not model or name.startswith("families.") or name == "tiny.build", (name, alias.name)
+
+
+def test_families_import_nothing_above_flow() -> None:
+    for name, tree in modules().items():
+        if name.startswith("families"):
+            ours = {m.removeprefix("drmcli.") for m in imports(tree) if m.startswith("drmcli.")}
+            assert all(m.split(".")[0] in ("errors", "flow", "families") for m in ours), (name, ours)

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from drmcli.errors import InputError
+from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds
-from drmcli.reward import RewardModel, keyed_noise
+from drmcli.generator import Generator
+from drmcli.noise import keyed_noise
+from drmcli.reward import RewardModel
 from drmcli.tiny import world
 
 CAPTIONS = list(world.captions("test"))[:3]
@@ -29,10 +31,11 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(p) for p in world.draw(CAPTIONS, np.random.default_rng(0))]
 
 
-def inputs(batch: int, height: int = 16, width: int = 16) -> tuple[torch.Tensor, PromptEmbeds]:
+def inputs(batch: int, height: int = 16, width: int = 16) -> tuple[torch.Tensor, Conditioning]:
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, 4, height, width, generator=rng)
-    return latents, PromptEmbeds(torch.randn(batch, 17, 128, generator=rng), torch.randn(batch, 128, generator=rng))
+    embeds, pooled = torch.randn(batch, 17, 128, generator=rng), torch.randn(batch, 128, generator=rng)
+    return latents, Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
 
 
 def test_save_and_load_give_the_same_score(reward: RewardModel, tmp_path: Path) -> None:

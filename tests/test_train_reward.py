@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from drmcli.config import resolve
 from drmcli.errors import Interrupted, RunError
+from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
-from drmcli.generator import PromptEmbeds
 from drmcli.losses import bradley_terry
 from drmcli.memory import SavedBytes
 from drmcli.recipes import train_reward
@@ -296,9 +296,10 @@ def test_every_trained_weight_gets_a_gradient(generator_folder: Path) -> None:
         assert missing == []
 
 
-def cond(batch: int) -> PromptEmbeds:
+def cond(batch: int) -> Conditioning:
     rng = torch.Generator().manual_seed(1)
-    return PromptEmbeds(torch.randn(batch, 17, 128, generator=rng), torch.randn(batch, 128, generator=rng))
+    embeds, pooled = torch.randn(batch, 17, 128, generator=rng), torch.randn(batch, 128, generator=rng)
+    return Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(generator_folder: Path) -> None:

@@ -13,6 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from drmcli.data.images import BadImage, FileImage, ImageSource, load_image
 from drmcli.errors import InputError, RunError
-from drmcli.generator import Generator, PromptEmbeds
+from drmcli.families.base import Conditioning
+from drmcli.generator import Generator
 from drmcli.run import Reporter, write_bytes
 
 SHARD = 1024
@@ -85,17 +87,18 @@ class Store:
 
     def get(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Rows by key, stacked: name -> [len(keys), ...]. Rows of unlike shapes cannot be stacked and raise RunError."""
+        rows = self.rows_of(keys)
+        with explained_shapes(self.folder):
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def rows_of(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Rows by key, each name -> [...]."""
         rows: list[dict[str, Tensor]] = []
         for key in keys:
             name, i = self.rows[key]
             shard = self._shard(name)
             rows.append({tensor: shard.get_slice(tensor)[i] for tensor in list(shard.keys())})
-        try:
-            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        except RuntimeError as error:
-            raise RunError(
-                f"{self.folder}: rows of unlike shapes: {error}", hint="delete that folder; it is rebuilt"
-            ) from error
+        return rows
 
     def _shard(self, name: str) -> Any:
         if name in self._open:
@@ -129,6 +132,15 @@ ROUNDS = 3
 """Times that what is missing is looked for before the cache is given up as not shared by all processes."""
 
 
+@contextmanager
+def explained_shapes(folder: Path) -> Iterator[None]:
+    """Rows that cannot be stacked, as one clear error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(f"{folder}: rows of unlike shapes: {error}", hint="delete that folder; it is rebuilt") from error
+
+
 @dataclass
 class Encoded:
     """Encoded pictures and prompts of one dataset, read by position in its lists."""
@@ -144,10 +156,11 @@ class Encoded:
         """Clean latents [len(index), C, H, W] of pictures by position."""
         return self.image_store.get([self.image_keys[i] or "" for i in index])["latents"].float()
 
-    def prompts(self, index: Sequence[int]) -> PromptEmbeds:
-        """Embeddings of prompts by position."""
-        rows = self.prompt_store.get([self.prompt_keys[i] for i in index])
-        return PromptEmbeds(rows["prompt_embeds"], rows["pooled_prompt_embeds"])
+    def prompts(self, index: Sequence[int]) -> Conditioning:
+        """Conditioning of prompts by position."""
+        rows = self.prompt_store.rows_of([self.prompt_keys[i] for i in index])
+        with explained_shapes(self.prompt_store.folder):
+            return Conditioning.cat([Conditioning({k: t[None] for k, t in row.items()}) for row in rows])
 
 
 def encode(
@@ -218,15 +231,9 @@ def _encode_prompts(
 ) -> None:
     done = 0
     for part in _batched(list(missing.items()), batch_size, SHARD):
-        embeds = [generator.encode_prompts([p for _, p in some]) for some in part]
+        embeds = Conditioning.cat([generator.encode_prompts([p for _, p in some]) for some in part])
         keys = [k for some in part for k, _ in some]
-        store.add(
-            keys,
-            {
-                "prompt_embeds": torch.cat([e.prompt_embeds for e in embeds]),
-                "pooled_prompt_embeds": torch.cat([e.pooled_prompt_embeds for e in embeds]),
-            },
-        )
+        store.add(keys, embeds.tensors)
         done += len(keys)
         reporter.progress("encode prompts", done, len(missing))
 

@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,8 +35,9 @@ from drmcli.config import Grpo, local_or_hub, package_path
 from drmcli.data.preferences import text_id
 from drmcli.data.prompts import read_prompts as read_prompt_file
 from drmcli.errors import InputError, RunError
+from drmcli.families.base import Conditioning, Family
 from drmcli.flow import STEP_RULES, Step, kl_divergence, log_ratio, predict_x0
-from drmcli.generator import Generator, PromptEmbeds, load_part, pick_device, pick_dtype
+from drmcli.generator import Generator, PromptEmbeds, load_denoiser, pick_device, pick_dtype
 from drmcli.losses import clipped_policy_loss
 from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.memory import plan_policy
@@ -46,7 +45,7 @@ from drmcli.plots import reward_and_judge
 from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
-from drmcli.reward import LORA_TARGETS, RewardModel, read_config
+from drmcli.reward import RewardModel, read_config
 from drmcli.rollout import Plan, Rollouts, Visit, roll_out
 from drmcli.run import (
     Interruptions,
@@ -106,13 +105,13 @@ def read_prompts(config: Grpo) -> dict[str, list[str]]:
     return {"val": texts[:tenth], "test": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
 
 
-def lora_config(config: Grpo) -> LoraConfig:
+def lora_config(config: Grpo, family: Family) -> LoraConfig:
     """The LoRA that is asked for."""
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         init_lora_weights="gaussian",
-        target_modules=config.lora_targets or list(LORA_TARGETS),
+        target_modules=config.lora_targets or list(family.lora_targets),
     )
 
 
@@ -134,7 +133,7 @@ class Judge:
 
 def stacked(each: Sequence[PromptEmbeds]) -> PromptEmbeds:
     """Conditionings of one prompt each as one."""
-    return PromptEmbeds(torch.cat([e.prompt_embeds for e in each]), torch.cat([e.pooled_prompt_embeds for e in each]))
+    return Conditioning.cat(each)
 
 
 @dataclass
@@ -178,8 +177,7 @@ class Aligner:
         )
         for text in self.rewards.share_encoders(self.generator):
             folder.warn(text)
-        channels = int(self.generator.transformer.config.in_channels)
-        self.rewards.check_latents(channels)
+        self.rewards.check_latents(self.generator)
         if config.spread_penalty and len(self.rewards.states) * config.reward_draws < 2:
             raise InputError(
                 "--spread-penalty: one reward model with one draw has no spread",
@@ -191,9 +189,9 @@ class Aligner:
                 self.judge.scorer.check_prompts(self.prompts[split][: config.eval_prompts])
         self.embeds: dict[str, PromptEmbeds] = {}
         self.reward_embeds: dict[str, list[PromptEmbeds]] = {}
-        self.negative = self.generator.encode_prompts([""]) if config.guidance_scale != 1 else None
-        side = (config.resolution or self.generator.image_size) // self.generator.pipe.vae_scale_factor
-        self.shape = (channels, side, side)
+        self.negative = self.generator.encode_negative("", config.guidance_scale)
+        side = config.resolution or self.generator.image_size
+        self.shape = self.generator.latent_shape(side, side)
         self.reference = None
         """With full fine-tuning the frozen first policy, where the KL asks for it; a LoRA is switched off instead."""
         self.trained = self.start_learning()
@@ -227,15 +225,17 @@ class Aligner:
 
     def start_learning(self) -> list[torch.nn.Parameter]:
         """Make the transformer's LoRA, or all of it, trainable in float32. Raises InputError for targets that are not there."""
-        config, transformer = self.config, self.generator.transformer
+        config, transformer, family = self.config, self.generator.transformer, self.generator.family
         transformer.requires_grad_(config.train == "full")
         if config.train == "lora":
             torch.manual_seed(seed_of("lora", config.seed))
             try:
-                transformer.add_adapter(lora_config(config))
+                transformer.add_adapter(lora_config(config, family))
             except ValueError as error:
                 fact = " ".join(str(error).split())
-                raise InputError(f"--set lora_targets: {fact}", hint=f"for example {list(LORA_TARGETS)[:4]}") from None
+                raise InputError(
+                    f"--set lora_targets: {fact}", hint=f"for example {list(self.generator.family.lora_targets)[:4]}"
+                ) from None
         elif config.kl_beta:
             self.reference = copy.deepcopy(transformer).requires_grad_(False)
         if config.gradient_checkpointing:
@@ -243,9 +243,8 @@ class Aligner:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        for name, parameter in transformer.transformer_blocks[-1].named_parameters():
-            if "to_add_out" in name:  # the last block has no text output
-                parameter.requires_grad_(False)
+        for parameter in family.unread(family.blocks(transformer)):
+            parameter.requires_grad_(False)
         return [p for p in transformer.parameters() if p.requires_grad]
 
     # --- prompts ------------------------------------------------------------------------------------------------------
@@ -387,7 +386,7 @@ class Aligner:
         velocity = self.generator.velocity(
             visit.states[part], visit.sigma, cond[visit.owner[part]], self.negative, self.config.guidance_scale
         )
-        second = float(self.generator.sigmas(self.config.steps)[1])
+        second = float(self.generator.sigmas(self.config.steps, self.shape[1:])[1])
         return STEP_RULES[self.config.step_rule](
             visit.states[part],
             velocity,
@@ -627,17 +626,15 @@ class Aligner:
         if self.ema is not None:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)
+        pipeline = type(self.generator.pipe).__name__
         with atomic_folder(target) as part:
             if config.train == "lora":
-                layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(transformer).items()}
-                StableDiffusion3Pipeline.save_lora_weights(
-                    part, transformer_lora_layers=layers, safe_serialization=True
-                )
-                use = "pipe = StableDiffusion3Pipeline.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)"
+                self.generator.family.save_lora(part, transformer, type(self.generator.pipe))
+                use = f"pipe = {pipeline}.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)"
                 what = f"A LoRA of rank {config.lora_rank}, alpha {config.lora_alpha}"
             else:
                 self.generator.pipe.save_pretrained(part, safe_serialization=True)
-                use, what = "pipe = StableDiffusion3Pipeline.from_pretrained(THIS_FOLDER)", "A whole pipeline"
+                use, what = f"pipe = {pipeline}.from_pretrained(THIS_FOLDER)", "A whole pipeline"
             (part / "README.md").write_text(
                 f"---\nlibrary_name: diffusers\ntags: [{config.train}, text-to-image]\n---\n\n# Aligned by `drm grpo`\n\n"
                 f"{what}: {config.algorithm}, update {self.update}, base `{config.generator}`, reward `{config.reward}`.\n\n"
@@ -654,11 +651,13 @@ class Aligner:
         if where is None or config.train == "full":
             source = str(where or local_or_hub(config.generator, "--generator"))
             revision = None if where else config.revision
-            kept = load_part(type(transformer), source, "transformer", revision=revision, dtype=torch.float32)
+            kept = load_denoiser(self.generator.family, source, revision=revision, dtype=torch.float32)
             transformer.load_state_dict(kept.state_dict())
             return
         layers = load_file(where / "pytorch_lora_weights.safetensors")
-        set_peft_model_state_dict(transformer, {k.removeprefix("transformer."): v for k, v in layers.items()})
+        set_peft_model_state_dict(
+            transformer, {k.removeprefix(f"{self.generator.family.denoiser}."): v for k, v in layers.items()}
+        )
 
     def save(self, spent: float) -> None:
         """A complete checkpoint of this update."""
@@ -816,8 +815,9 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
     """Bytes of an update's tensors, and the frozen models beside the policy."""
     mixed = pick_dtype(config.dtype, device)
     policy = plan_policy(
+        known.family,
         known.transformer,
-        lora=lora_config(config) if config.train == "lora" else None,
+        lora=lora_config(config, known.family) if config.train == "lora" else None,
         states=min(config.micro_batch_size, config.prompts_per_update),
         latent_side=(config.resolution or known.image_size) // known.vae_factor,
         tokens=known.prompt_tokens,
@@ -825,14 +825,14 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
         ema=config.ema_decay > 0,
         guided=config.guidance_scale != 1,
     )
-    beside = dict(known.beside(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), mixed))
+    beside = dict(known.beside(mixed))
     if not config.text_encoder_3:
         beside.pop("text_encoder_3", None)
     where = Path(package_path(config.reward))
     if where.is_dir():
         reward = read_config(where, f"--reward {config.reward}")
         with torch.device("meta"):
-            model = RewardModel(reward, SD3Transformer2DModel.from_config(reward.transformer))
+            model = RewardModel.from_config(reward)
         beside["reward model"] = sum(p.numel() for p in model.parameters()) * mixed.itemsize
     if config.train == "full" and config.kl_beta:
         beside["reference policy"] = policy.parameters * mixed.itemsize

@@ -16,7 +16,8 @@ from drmcli.data.datasets import read
 from drmcli.data.preferences import Preferences
 from drmcli.errors import DrmError, InputError, RunError
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
-from drmcli.reward import RewardModel, score_clean
+from drmcli.noise import score_clean
+from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, seed_of, write_text
 from drmcli.tiny.shapes import load_shapes
 

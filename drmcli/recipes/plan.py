@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from drmcli.config import local_or_hub
-from drmcli.generator import quiet_libraries, reach
+from drmcli.families import family_of
+from drmcli.families.base import Family
+from drmcli.generator import denoiser_config, quiet_libraries, read_index
 from drmcli.hub import explained
 from drmcli.memory import component_bytes
 
@@ -35,10 +37,13 @@ class Known:
     where: str
     revision: str | None
 
-    def beside(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, int]:
-        """Bytes of the pipeline's other models, by name; those that it does not have are left out."""
+    family: Family
+
+    def beside(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of the pipeline's other models, by name."""
         with explained(self.where, "--generator"), quiet_libraries():
-            index = StableDiffusion3Pipeline.load_config(self.where, revision=self.revision)
+            index = read_index(self.where, self.revision)
+            names = [name for name in index if name != self.family.denoiser and name not in self.family.optional]
             return component_bytes(self.where, index, names, dtype, revision=self.revision)
 
 
@@ -46,27 +51,30 @@ def describe_generator(config: Any) -> Known:
     """Read the configs of config.generator: a few kilobytes, also from the hub."""
     where = local_or_hub(config.generator, "--generator")
     with explained(config.generator, "--generator"), quiet_libraries():
-        reach(where, config.revision)
-        transformer = SD3Transformer2DModel.load_config(where, subfolder="transformer", revision=config.revision)
-        vae = AutoencoderKL.load_config(where, subfolder="vae", revision=config.revision)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        index = read_index(where, config.revision)
+        family = family_of(str(index.get("_class_name")), f"--generator {config.generator}")
+        denoiser = denoiser_config(family, where, config.revision)
+        library, kind = index["vae"]
+        vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=config.revision)
+        tokens = family.text_tokens(config.max_sequence_length, _tokenizer_length(where))
+    factor = family.vae_factor(vae)
     return Known(
-        transformer={k: v for k, v in transformer.items() if not k.startswith("_")},
+        transformer={k: v for k, v in denoiser.items() if not k.startswith("_")},
         vae_factor=factor,
-        image_size=int(transformer["sample_size"]) * factor,
-        prompt_tokens=_clip_tokens(where) + config.max_sequence_length,
+        image_size=family.image_size(denoiser, factor),
+        prompt_tokens=tokens,
         download=_download(where, config.revision),
         where=where,
         revision=config.revision,
+        family=family,
     )
 
 
-def _clip_tokens(where: str) -> int:
-    from transformers import CLIPTokenizer
-
-    if not Path(where).is_dir():
-        return CLIP_TOKENS
-    return int(min(CLIPTokenizer.from_pretrained(where, subfolder="tokenizer").model_max_length, 10_000))
+def _tokenizer_length(where: str) -> int:
+    """Tokens that the pipeline's first tokenizer reads at most; CLIP's 77 where its config is not at hand."""
+    file = Path(where) / "tokenizer" / "tokenizer_config.json"
+    length = json.loads(file.read_text(encoding="utf-8")).get("model_max_length") if file.is_file() else None
+    return int(min(length or CLIP_TOKENS, 10_000))
 
 
 def _download(where: str, revision: str | None) -> str:

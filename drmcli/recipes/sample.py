@@ -162,12 +162,7 @@ class Studio:
         reward, own = None, False
         if config.reward != "none":
             reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
-            c = reward.config
-            if int(c.transformer["in_channels"]) != shape[0]:
-                raise InputError(
-                    f"--reward {config.reward}: made for latents of {c.transformer['in_channels']} channels, not {shape[0]}",
-                    hint="use a reward model whose base is the generator's",
-                )
+            reward.check_latents(generator, f"--reward {config.reward}")
             if warning := share(reward, generator):
                 folder.warn(warning)
             own = reward.generator() is not generator
@@ -180,7 +175,6 @@ class Studio:
         cut = [p for p in config.prompts if generator.truncated(p)]
         if cut:
             folder.warn(f"{len(cut)} prompts are longer than the text encoders read; their ends are cut: {cut[0]!r}")
-        guided = config.guidance_scale != 1.0
         search = Search(
             mode=config.mode,
             num_inference_steps=config.steps,
@@ -198,7 +192,7 @@ class Studio:
             max_batch=config.max_batch,
             share=config.share_score,
         )
-        negative = generator.encode_prompts([config.negative_prompt]) if guided else None
+        negative = generator.encode_negative(config.negative_prompt, config.guidance_scale)
         return cls(config, folder, generator, reward, own, search, shape, negative, device, dtype)
 
     def draw(self, jobs: list[Job], on_step: Any) -> Samples:
@@ -262,37 +256,26 @@ def share_blocks(config: Sample, generator: Generator, reward: RewardModel | Non
         why = "a LoRA changes the generator's blocks"
     elif config.score_at == "clean":
         why = "clean latents are not the state that the generator goes on from"
+    elif not generator.family.shares_blocks:
+        why = f"a {type(generator.pipe).__name__} cannot go on from what its first blocks computed"
+    elif generator.family.takes_guidance(generator.model_config) and reward.guidance != config.guidance_scale:
+        why = f"the reward model sees guidance {reward.guidance:g} as an input, the generator {config.guidance_scale:g}"
     if why or reward is None:
         raise InputError(
             f"--share-score: {why}", hint="leave it out, or train with `drm train-reward --set backbone=frozen`"
         )
-    mine, theirs = reward.transformer, generator.transformer
-    mine.transformer_blocks = theirs.transformer_blocks[: len(mine.transformer_blocks)]
-    for name in ("pos_embed", "time_text_embed", "context_embedder"):
-        setattr(mine, name, getattr(theirs, name))
+    reward.share_blocks(generator)
 
 
 def latent_shape(config: Sample, generator: Generator) -> tuple[int, int, int]:
     """C, H, W of the latents for the asked size. Raises InputError for a size that cannot be."""
-    factor = generator.pipe.vae_scale_factor * generator.pipe.patch_size
     height = config.height or config.resolution or generator.image_size
     width = config.width or config.resolution or generator.image_size
-    for flag, side in (("--height", height), ("--width", width)):
-        if side % factor:
-            raise InputError(
-                f"{flag} {side}: not a multiple of {factor}", hint=f"use {max(1, round(side / factor)) * factor}"
-            )
     if height * width > config.max_pixels:
         raise InputError(
             f"--height {height} --width {width}: too many pixels", hint="raise --set max_pixels if you mean it"
         )
-    largest = generator.transformer.config.pos_embed_max_size * factor
-    if max(height, width) > largest:
-        raise InputError(
-            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
-        )
-    scale = generator.pipe.vae_scale_factor
-    return int(generator.transformer.config.in_channels), height // scale, width // scale
+    return generator.latent_shape(height, width)
 
 
 @dataclass
@@ -389,7 +372,7 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
         shutil.rmtree(partial)
     ratio = 0.0
     if studio.reward is not None:
-        ratio = len(studio.reward.transformer.transformer_blocks) / int(studio.reward.config.transformer["num_layers"])
+        ratio = studio.reward.cost
     listed = [
         {
             "path": str(folder.folder / row["path"]),

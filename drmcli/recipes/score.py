@@ -16,7 +16,7 @@ from drmcli.config import Score
 from drmcli.data.images import FileImage, load_image
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
-from drmcli.reward import score_clean
+from drmcli.noise import score_clean
 from drmcli.run import Reporter, Run, open_run
 from drmcli.scorers import Scorer, load_scorer
 from drmcli.scorers.drm import RewardScorer

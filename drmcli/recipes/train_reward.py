@@ -36,8 +36,9 @@ from drmcli.config import TrainReward, to_dict
 from drmcli.data import cache
 from drmcli.data.preferences import Preferences
 from drmcli.errors import InputError, MissingError, RunError
+from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
-from drmcli.generator import DTYPES, PromptEmbeds, pick_device, pick_dtype, use_attention
+from drmcli.generator import DTYPES, pick_device, pick_dtype, use_attention
 from drmcli.losses import bradley_terry, thurstone
 from drmcli.measure.protocols import Pairs, accuracy
 from drmcli.memory import plan_training, store_frozen_in
@@ -223,7 +224,7 @@ class Batch:
     """[U, C, H, W]."""
     sigma: Tensor
     """[U]."""
-    cond: PromptEmbeds
+    cond: Conditioning
     """U rows."""
     chosen: Tensor
     """[N] positions among the pictures."""
@@ -304,7 +305,7 @@ class Batches:
         items = list(place)
         group = torch.tensor([groups[(i, prompt)] for i, prompt, _ in items])
         source = group if self.config.shared_noise else torch.tensor([seeds[(i, image)] for i, _, image in items])
-        latents, embeds, pooled = [], [], []
+        latents, conds = [], []
         for i, s in enumerate(self.sets):
             mine = [(prompt, image) for j, prompt, image in items if j == i]
             if mine:
@@ -312,13 +313,12 @@ class Batches:
                 unique = list(dict.fromkeys(prompt for prompt, _ in mine))
                 cond = s.encoded.prompts(unique)
                 at = torch.tensor([unique.index(prompt) for prompt, _ in mine])
-                embeds.append(cond.prompt_embeds[at])
-                pooled.append(cond.pooled_prompt_embeds[at])
+                conds.append(cond[at])
         return Batch(
             latents=torch.cat(latents),
             noise=noise[source],
             sigma=sigma[group],
-            cond=PromptEmbeds(torch.cat(embeds), torch.cat(pooled)),
+            cond=Conditioning.cat(conds),
             chosen=torch.tensor(chosen),
             rejected=torch.tensor(rejected),
             label=torch.tensor(label),
@@ -687,6 +687,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
     settings = RewardConfig(
         base_model=config.generator,
         transformer=known.transformer,
+        family=known.family.name,
         drop_layers=config.drop_layers,
         tap_layers=config.tap_layers,
         head_width=config.head_width,
@@ -711,8 +712,8 @@ def plan(config: TrainReward) -> dict[str, Any]:
         "pairs a step": config.batch_size,
         "micro-batches a step": rounds,
         "pictures a micro-batch, at most": pictures_in(config, pairs),
-        "image tokens": (side // int(known.transformer["patch_size"])) ** 2,
-        "blocks kept": int(known.transformer["num_layers"]) - config.drop_layers,
+        "image tokens": math.prod(known.family.grid(known.transformer, (side, side))),
+        "blocks kept": known.family.depth(known.transformer) - config.drop_layers,
         "memory": memory.to_dict()
         | {
             "total": memory.total(checkpointed=False, cuda=device.type == "cuda"),

@@ -147,11 +147,11 @@ class Rewards:
     def models(self) -> list[RewardModel]:
         return [scorer.model for scorer in self.states if isinstance(scorer, RewardScorer)]
 
-    def check_latents(self, channels: int) -> None:
+    def check_latents(self, generator: Generator) -> None:
         """Raises InputError for a reward model of other latents than the generator's."""
         for i, term in enumerate(self.terms):
             if isinstance(term.scorer, RewardScorer):
-                term.scorer.check_latents(channels, "--add-reward" if i else "--reward")
+                term.scorer.check_latents(generator, "--add-reward" if i else "--reward")
 
     def share_encoders(self, generator: Generator) -> list[str]:
         """Ask each model through the encoders it was trained with, a generator's where they are the same. Returns warnings."""

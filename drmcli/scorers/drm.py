@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from drmcli.encoders import share
-from drmcli.errors import InputError
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
 
@@ -66,7 +66,7 @@ class RewardScorer:
         return self.model.generator().encode_prompts(prompts)
 
     def score(
-        self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Tensor] | None = None
+        self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Any] | None = None
     ) -> Tensor:
         """Scores [B] of latents [B, C, H, W] at a noise level; `states` as in `RewardModel.features`."""
         return self.model.score(latents, sigma, cond, states=states)
@@ -74,17 +74,12 @@ class RewardScorer:
     @property
     def cost(self) -> float:
         """Of one call, in forward passes of the generator that it was cut from."""
-        return len(self.model.transformer.transformer_blocks) / int(self.model.config.transformer["num_layers"])
+        return self.model.cost
 
     def share_encoders(self, generator: Generator) -> str | None:
         """Use a generator's text encoders where they are those of the training. Returns a warning or None: see `encoders.share`."""
         return share(self.model, generator)
 
-    def check_latents(self, channels: int, flag: str) -> None:
+    def check_latents(self, generator: Generator, flag: str) -> None:
         """Raises InputError where the model was made for latents of another kind than a generator's."""
-        mine = int(self.model.config.transformer["in_channels"])
-        if mine != channels:
-            raise InputError(
-                f"{flag} {self.name}: made for latents of {mine} channels, not {channels}",
-                hint="use a reward model whose base is the generator's",
-            )
+        self.model.check_latents(generator, f"{flag} {self.name}")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from drmcli.data.images import BytesImage
 from drmcli.data.preferences import Preferences
-from drmcli.generator import TEXT, Generator
+from drmcli.generator import Generator
 from drmcli.run import Reporter, seed_of, write_bytes
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
@@ -61,7 +61,7 @@ def load_shapes(
     generator = None
     if sampled:
         generator = load_generator()
-        prints = generator.prints((*TEXT, "vae", "transformer"))
+        prints = generator.prints((*generator.family.text, "vae", "transformer"))
         generator_print = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]
     name = f"{split}-{prompts}-{sampled}-{seed}-{generator_print}-v{VERSION}.parquet"
     file = root / "shapes" / name

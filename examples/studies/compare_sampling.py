@@ -115,8 +115,8 @@ def draw(
 ) -> dict:
     """All pictures of one way, [prompts * seeds] values each."""
     search = Search(**({"num_inference_steps": 10, "guidance_scale": guidance, "max_batch": 128} | way))
-    negative = generator.encode_prompts([""]) if guidance != 1 else None
-    ratio = len(reward.transformer.transformer_blocks) / int(reward.config.transformer["num_layers"])
+    negative = generator.encode_negative("", guidance)
+    ratio = reward.cost
     latents, scores, cost, started = [], [], 0.0, time.perf_counter()
     for i in range(0, len(captions), 16):
         some = [c for c in captions[i : i + 16] for _ in range(seeds)]

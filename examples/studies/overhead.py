@@ -22,8 +22,9 @@ from PIL import Image
 
 from drmcli.config import resolve
 from drmcli.data.images import load_image
+from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
-from drmcli.generator import Generator, PromptEmbeds
+from drmcli.generator import Generator
 from drmcli.recipes import bench, grpo, train_reward
 from drmcli.recipes.pairs import LazyGenerator, encode_pairs, first_pairs, load_preferences
 from drmcli.results import read
@@ -95,9 +96,9 @@ def bare_bench(config, data) -> float:
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(size)])
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         parts = [generator.encode_prompts(data.prompts[i : i + size]) for i in range(0, len(data.prompts), size)]
-        embeds = torch.cat([p.prompt_embeds for p in parts]), torch.cat([p.pooled_prompt_embeds for p in parts])
+        embeds = Conditioning.cat(parts)
         for i in range(0, len(pictures), size):
-            cond = type(parts[0])(embeds[0][where[i : i + size]], embeds[1][where[i : i + size]])
+            cond = embeds[where[i : i + size]]
             for sigma in config.sigmas:
                 reward.score((1 - sigma) * latents[i : i + size] + sigma * noise[i : i + size], sigma, cond)
     return time.perf_counter() - started
@@ -204,7 +205,7 @@ def update_ratio(folder: Path, repeats: int = 5) -> None:
     )
 
 
-def bare_update(aligner: grpo.Aligner, rollouts: Rollouts, cond: PromptEmbeds) -> tuple[float, float]:
+def bare_update(aligner: grpo.Aligner, rollouts: Rollouts, cond: Conditioning) -> tuple[float, float]:
     """Seconds of an update's passes on the same states, and of its reward passes among them."""
     config, generator, reward = aligner.config, aligner.generator, aligner.rewards.models[0]
     first, started, of_rewards = rollouts.visits[0], time.perf_counter(), 0.0

@@ -1,0 +1,383 @@
+"""What drm must know of one kind of pipeline, and what holds for all.
+
+The rest of drm sees one canonical form: latents x [B, C, H, W] as the denoiser was trained on them, sigma in [0, 1] with 1 = noise,
+x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = eps - x_0. What a model wants instead (packed tokens, other times, other signs)
+stays inside its family's file.
+
+The denoiser's own forward pass is used as it is; no forward pass is copied out of diffusers. A reward model is *cut*: its block lists
+are shortened, and the output layers become stand-ins that give zeros, so that the pass ends as usual and wrappers see nothing
+unusual. It is *listened to* by forward hooks on the tapped blocks, which are there during the forward pass alone: a block that
+gradient checkpointing computes once more in the backward pass calls no hook.
+
+Saving a policy: `Family.save_lora(folder, denoiser, pipeline)` writes the LoRA named "default" with its adapter metadata (rank, alpha,
+targets), without which plain diffusers takes alpha = rank and draws at another strength. `Family.lora_targets` are the default
+targets, `Family.unread(blocks)` the parameters of kept blocks that nothing reads.
+
+Dimension letters: B latents or prompts, C latent channels, H and W latent height and width, L image tokens, D token width,
+h and w the grid of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+
+@dataclass(init=False)
+class Conditioning:
+    """What a denoiser is told of B prompts: tensors [B, ...] by name, read as attributes too.
+
+    A tensor named `mask` [B, T], bool, says which of T text positions are read; the others are padding. Rows of unlike lengths can be
+    joined only where there is a mask: models without one read their padding.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __init__(self, tensors: dict[str, Tensor] | None = None, /, **named: Tensor):
+        self.tensors = {**(tensors or {}), **named}
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "tensors" or name not in self.tensors:
+            raise AttributeError(f"no tensor {name!r} in this conditioning")
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        """Rows by slice, list or tensor of positions."""
+        return self._each(lambda t: t[index])
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """As Tensor.to; masks and positions keep their kind when a dtype is given."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            wanted = tensor.to(*args, **kwargs)
+            return wanted if tensor.is_floating_point() else wanted.to(tensor.dtype)
+
+        return self._each(moved)
+
+    def expand(self, count: int) -> Conditioning:
+        """One row as `count` rows, without a copy."""
+        return self._each(lambda t: t.expand(count, *t.shape[1:]))
+
+    def pad(self, length: int) -> Conditioning:
+        """Text positions filled up to `length` with zeros that the mask leaves out. Without a mask nothing changes."""
+        mask = self.tensors.get("mask")
+        if mask is None or mask.shape[1] == length:
+            return self
+        short = mask.shape[1]
+        assert short < length
+
+        def padded(tensor: Tensor) -> Tensor:
+            if tensor.ndim < 2 or tensor.shape[1] != short:
+                return tensor
+            return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, length - short))
+
+        return self._each(padded)
+
+    def trimmed(self) -> Conditioning:
+        """Without the text positions that no row reads at its end."""
+        mask = self.tensors.get("mask")
+        if mask is None:
+            return self
+        full = mask.shape[1]
+        read = mask.any(0).nonzero()
+        length = int(read[-1]) + 1 if len(read) else 1
+        return self._each(lambda t: t[:, :length] if t.ndim > 1 and t.shape[1] == full else t)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Rows one below the other, padded to the longest where there is a mask."""
+        if "mask" in parts[0].tensors:
+            longest = max(p.mask.shape[1] for p in parts)
+            parts = [p.pad(longest) for p in parts]
+        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+class Zeros(nn.Module):
+    """Stands for an output layer of a model that was cut: zeros of the width that the rest of the forward pass expects."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], self.width)
+
+
+class Replay(nn.Module):
+    """Stands for a block whose output is known already."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+@contextmanager
+def listening(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """What the tapped blocks return, by position, filled during the forward pass that is made inside."""
+    heard: dict[int, Any] = {}
+
+    def hook(tap: int) -> Callable[..., None]:
+        def hear(module: nn.Module, args: Any, output: Any) -> None:
+            heard[tap] = output
+
+        return hear
+
+    handles = [blocks[tap].register_forward_hook(hook(tap)) for tap in set(taps)]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rows_of(output: Any, index: Tensor) -> Any:
+    """Rows of what a block returned: a tensor, or a tuple of tensors and None."""
+    if isinstance(output, tuple):
+        return tuple(None if part is None else part[index] for part in output)
+    return output[index]
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """What a block returned for several batches, one below the other."""
+    if isinstance(outputs[0], tuple):
+        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs))
+    return torch.cat(list(outputs))
+
+
+class Family:
+    """One kind of pipeline; stateless. The defaults here are those of a flow-matching transformer over [B, C, H, W] latents.
+
+    A subclass says at least `name`, `denoiser_class`, `lora_targets`, `encode_prompts`, `inputs` and `blank`. `config` is the
+    denoiser's own, as a dict.
+    """
+
+    name: str
+    """In a saved reward model's config.json."""
+    denoiser = "transformer"
+    """The pipeline's component that predicts, by name."""
+    denoiser_class: type
+    """Its class in diffusers."""
+    text: tuple[str, ...] = ("tokenizer", "text_encoder")
+    """Components that encode prompts: loaded, hashed and freed together."""
+    optional: tuple[str, ...] = ()
+    """Components that drm does not need and does not load."""
+    lora_targets: tuple[str, ...] = ()
+    block_lists: tuple[str, ...] = ("transformer_blocks",)
+    """The lists of blocks in running order; blocks are counted over all of them."""
+    ends: tuple[str, str] = ("norm_out", "proj_out")
+    """Output norm and output projection."""
+    text_outputs: tuple[str, ...] = ()
+    """Parameters of a block that only lead to the text it hands on, by prefix: in the last kept block nothing reads them."""
+    shares_blocks = True
+    """Can a generator go on from what a reward model's blocks computed?"""
+    steps_in_scheduler = True
+    """Does the stock pipeline hand its scheduler latents [B, C, H, W] and the velocity? `StepwiseScheduler` needs that."""
+
+    # --- sizes, from the denoiser's config ------------------------------------------------------------------------------------
+
+    def depth(self, config: dict[str, Any]) -> int:
+        """Number of blocks."""
+        return int(config["num_layers"])
+
+    def channels(self, config: dict[str, Any]) -> int:
+        """C."""
+        return int(config["in_channels"])
+
+    def patch(self, config: dict[str, Any]) -> int:
+        """Latent pixels on a token's side."""
+        return int(config["patch_size"])
+
+    def vae_factor(self, config: dict[str, Any]) -> int:
+        """Pixels on a latent pixel's side, from the VAE's config."""
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+    def image_size(self, config: dict[str, Any], factor: int) -> int:
+        """Side in pixels of the pictures that the model was made for; factor: the VAE's."""
+        return int(config["sample_size"]) * factor
+
+    def largest_side(self, config: dict[str, Any], factor: int) -> int | None:
+        """Side in pixels of the largest pictures that the model can place; None where there is no limit."""
+        return None
+
+    def text_tokens(self, max_sequence_length: int, tokenizer_length: int) -> int:
+        """Text positions of a prompt at most; tokenizer_length: of the component `tokenizer`."""
+        return max_sequence_length
+
+    def latents(self, config: dict[str, Any]) -> str:
+        """The name of the latent space. Reward models may be used across generators whose latent spaces have one name."""
+        return self.name
+
+    def width(self, model: nn.Module) -> int:
+        """D."""
+        return int(model.inner_dim)  # type: ignore[arg-type]
+
+    # --- pipeline ---------------------------------------------------------------------------------------------------------------
+
+    def pipeline_class(self, name: str) -> type:
+        """The pipeline's class by the name in model_index.json."""
+        return getattr(diffusers, name)
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Conditioning:
+        """All that the denoiser is told of B prompts, on the encoders' device."""
+        raise NotImplementedError
+
+    def encode_negative(self, pipe: Any, prompt: str, max_sequence_length: int) -> Conditioning:
+        """The same for one negative prompt."""
+        return self.encode_prompts(pipe, [prompt], max_sequence_length)
+
+    def blank(self, config: dict[str, Any], batch: int, tokens: int) -> Conditioning:
+        """Random conditioning of the right shapes, from the config alone: what a memory plan runs on."""
+        raise NotImplementedError
+
+    def truncated(self, pipe: Any, prompt: str, max_sequence_length: int) -> bool:
+        """Does a prompt hold more tokens than every one of the text encoders reads?"""
+        return len(pipe.tokenizer(prompt, truncation=False).input_ids) > max_sequence_length
+
+    def encode_images(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] in [-1, 1] -> latents [B, C, H, W], float32: posterior modes, shifted and scaled."""
+        vae = pipe.vae
+        latents = vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """The inverse: [B, 3, height, width] in [-1, 1], float32."""
+        vae = pipe.vae
+        z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(z.to(vae.dtype)).sample.float()
+
+    def sigmas(self, pipe: Any, num_inference_steps: int, size: tuple[int, int]) -> Tensor:
+        """The pipeline's own noise levels [n + 1] for latents of H x W, falling, float32 on the CPU."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.sigmas.float()
+
+    # --- velocity ---------------------------------------------------------------------------------------------------------------
+
+    def inputs(
+        self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the denoiser's own forward for latents [B, C, H, W] at noise levels sigma [B], float32.
+
+        guidance: for models that take it as an input; None is the family's own default. Latents and embeddings are cast to the
+        model's dtype, times are not.
+        """
+        raise NotImplementedError
+
+    def velocity(self, output: Any, latents: Tensor, sigma: Tensor) -> Tensor:
+        """What the forward returned (return_dict=False) as v [B, C, H, W], float32."""
+        return output[0].float()
+
+    default_guidance = 1.0
+    """Of models that take it as an input: what a reward model on them is told where nothing else is asked."""
+
+    def takes_guidance(self, config: dict[str, Any]) -> bool:
+        """Is the guidance scale an input of the model, so that one pass is enough?"""
+        return False
+
+    def guides(self, config: dict[str, Any], scale: float) -> bool:
+        """Does this guidance scale ask for a second pass, with a negative prompt?"""
+        return scale != 1.0
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """The pipeline's own rule: v [B, C, H, W] from the velocities with the prompt and with the negative one."""
+        return without + scale * (with_prompt - without)
+
+    # --- features ---------------------------------------------------------------------------------------------------------------
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """All blocks in running order."""
+        return [block for name in self.block_lists for block in getattr(model, name)]
+
+    def cut(self, model: nn.Module, keep: int) -> None:
+        """Keep the first blocks and make the output layers stand-ins, in place."""
+        left = keep
+        for name in self.block_lists:
+            blocks = getattr(model, name)
+            setattr(model, name, blocks[:left])
+            left = max(0, left - len(blocks))
+        norm, projection = self.ends
+        setattr(model, norm, Zeros(getattr(model, projection).out_features))
+        setattr(model, projection, nn.Identity())
+
+    def unread(self, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+        """Parameters of the last of these blocks that nothing reads when no block follows."""
+        return [p for name, p in blocks[-1].named_parameters() if name.startswith(self.text_outputs or ("\0",))]
+
+    def tokens(self, output: Any, inputs: dict[str, Any], grid: tuple[int, int]) -> Tensor:
+        """The image tokens [B, L, D] in what a block returned, row by row of the grid; inputs: the forward's."""
+        return output[1] if isinstance(output, tuple) else output
+
+    def grid(self, config: dict[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """h, w of the tokens of latents of H x W."""
+        patch = self.patch(config)
+        return size[0] // patch, size[1] // patch
+
+    # --- going on from shared blocks ---------------------------------------------------------------------------------------------
+
+    def share(self, cut: nn.Module, whole: nn.Module) -> None:
+        """Let a cut model use the whole one's modules themselves. The two must have the same weights."""
+        left = len(self.blocks(cut))
+        for name in self.block_lists:
+            blocks = getattr(whole, name)
+            setattr(cut, name, blocks[:left])
+            left = max(0, left - len(blocks))
+        for name, module in whole.named_children():
+            if name not in self.block_lists and name not in self.ends:
+                setattr(cut, name, module)
+
+    @contextmanager
+    def going_on(self, whole: nn.Module, first: int, output: Any) -> Iterator[None]:
+        """Inside, the whole model takes `output` for what its first blocks return, and computes the others alone."""
+        kept = {name: getattr(whole, name) for name in self.block_lists}
+        left = first
+        for name, blocks in kept.items():
+            replayed = 0 < left <= len(blocks)
+            setattr(whole, name, nn.ModuleList([*([Replay(output)] if replayed else []), *blocks[max(0, left) :]]))
+            left -= len(blocks)
+        try:
+            yield
+        finally:
+            for name, blocks in kept.items():
+                setattr(whole, name, blocks)
+
+    # --- LoRA -------------------------------------------------------------------------------------------------------------------
+
+    def save_lora(self, folder: Path | str, model: nn.Module, pipeline: type) -> None:
+        """Write the denoiser's LoRA as its pipeline does, alpha included; `pipeline(...).load_lora_weights(folder)` reads it."""
+        from peft.utils import get_peft_model_state_dict
+
+        layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        metadata = model.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}  # the same file each time
+        pipeline.save_lora_weights(  # type: ignore[attr-defined]
+            folder,
+            **{f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata},
+            safe_serialization=True,
+        )
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a denoiser's latents and embeddings are cast to: that of its first layer, whatever a LoRA's is."""
+    return next(model.parameters()).dtype

@@ -19,6 +19,7 @@ h and w the grid of the tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -376,6 +377,19 @@ class Family:
             **{f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata},
             safe_serialization=True,
         )
+        for file in Path(folder).glob("*.safetensors"):
+            _order_metadata(file)
+
+
+def _order_metadata(file: Path) -> None:
+    """The same weights as the same bytes: safetensors writes its metadata in an order that chance decides."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

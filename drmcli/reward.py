@@ -181,6 +181,8 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
                     target_modules=list(self.config.lora_targets or self.family.lora_targets),
                 )
                 self.transformer.add_adapter(lora)
+            for name, parameter in self.transformer.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
         else:
             self.transformer.requires_grad_(self.config.backbone == "full")
         for parameter in self.family.unread(self.blocks):

@@ -29,8 +29,10 @@ def train_reward(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
     head_lr: Annotated[float | None, typer.Option(help="Learning rate of the head.")] = None,
     loss: Annotated[str | None, typer.Option(help="bradley-terry or thurstone.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="What is trained: full, lora or frozen.")] = None,
-    init: Annotated[str | None, typer.Option(help="Start of the backbone: pretrained or random.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="What is trained: full, lora, or head alone.")] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="REF", help="A saved reward model to go on from; or pretrained, random.")
+    ] = None,
     drop_layers: Annotated[int | None, typer.Option(help="Blocks cut off at the end.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0 only at the end.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -63,6 +65,8 @@ def train_reward(
       drm train-reward
 
       drm train-reward --data pairs.jsonl --steps 200 --out runs/mine
+
+      drm train-reward --init runs/mine/reward --backbone head --data votes --steps 100
 
       drm train-reward --preset sd35-medium --data-dir ~/HPDv3 --dry-run
     """

@@ -81,10 +81,10 @@ class TrainReward(Common, Drawing, Data):
     """Datasets or files, mixed; `NAME=0.3` gives a ratio of the draws."""
     eval_data: list[str] = Field(default_factory=list)
     """Held-out datasets or files; empty: the test part of `shapes`, else prompts held out of the data."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """Start of the backbone; random keeps the architecture and forgets the weights."""
-    backbone: Literal["full", "lora", "frozen"] = "full"
-    """What of the backbone is trained."""
+    init: str = "pretrained"
+    """What to start from: pretrained, the generator's transformer; random, the same without its weights; or a saved reward model."""
+    backbone: Literal["full", "lora", "frozen", "head"] = "full"
+    """What of the backbone is trained; head (or frozen) trains the head alone."""
     lora_rank: Positive = 64
     """Rank of the backbone's LoRA."""
     lora_alpha: Positive = 128

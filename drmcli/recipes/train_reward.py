@@ -42,6 +42,7 @@ from drmcli.generator import DTYPES, pick_device, pick_dtype, use_attention
 from drmcli.losses import bradley_terry, thurstone
 from drmcli.measure.protocols import Pairs, accuracy
 from drmcli.memory import plan_training, store_frozen_in
+from drmcli.recipes.initial import learns, make_model
 from drmcli.recipes.pairs import (
     EncodedPairs,
     LazyGenerator,
@@ -83,6 +84,7 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
             return folder.finished
         device = accelerator.device
         check_sizes(config, accelerator.num_processes)
+        model = make_model(config)  # first: encoding takes long, and a model that does not fit should be said before
         generator = LazyGenerator.of(config, device)
         sets, ratios, held_out = load_data(config, generator, folder.reporter)
         encoded = []
@@ -100,7 +102,6 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
             encoded.append(pairs)
         generator.free()
         train, evaluation = encoded[:-1], encoded[-1]
-        model = make_model(config)
         use_attention(model.transformer, config.attention)
         store_frozen_in(model, pick_dtype(config.dtype, device))
         trainer = Trainer(config, accelerator, folder, model, train, ratios, PairScorer(evaluation))
@@ -192,26 +193,6 @@ def combine(sets: list[Preferences]) -> Preferences:
     from drmcli.data.datasets import mix
 
     return mix(sets, [float(len(s)) for s in sets], seed=0)
-
-
-def make_model(config: TrainReward) -> RewardModel:
-    """The truncated backbone with a fresh head."""
-    return RewardModel.from_generator(
-        config.generator,
-        revision=config.revision,
-        init=config.init,
-        seed=config.seed,
-        drop_layers=config.drop_layers,
-        tap_layers=config.tap_layers,
-        head_width=config.head_width,
-        head_pool=config.head_pool,
-        backbone=config.backbone,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        max_sequence_length=config.max_sequence_length,
-        text_encoder_3=config.text_encoder_3,
-        resolution=config.resolution,
-    )
 
 
 @dataclass
@@ -692,7 +673,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
         tap_layers=config.tap_layers,
         head_width=config.head_width,
         head_pool=config.head_pool,
-        backbone=config.backbone,
+        backbone=learns(config),
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
     )

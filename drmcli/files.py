@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from drmcli.errors import DrmError, InputError, RunError
 
 MANIFEST = "manifest.json"
@@ -176,12 +174,14 @@ def read_object(path: Path, name: str) -> dict[str, Any] | None:
 
     Raises InputError that names the run and the file when it is damaged.
     """
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             values = json.loads(text)
         else:  # YAML that was cut is YAML too; what drm writes ends with a newline
-            values = yaml.load(text, Loader=_NoAliases) if text.endswith("\n") else None
+            values = yaml.load(text, Loader=_no_aliases()) if text.endswith("\n") else None
     except FileNotFoundError:
         return None
     except (ValueError, yaml.YAMLError, RecursionError, OSError):
@@ -193,13 +193,17 @@ def read_object(path: Path, name: str) -> dict[str, Any] | None:
     return values
 
 
-class _NoAliases(yaml.SafeLoader):
-    """A run's own YAML repeats nothing by reference; a few lines of aliases can stand for more than any memory."""
+def _no_aliases() -> type:
+    """A loader of YAML without aliases: a run's own YAML repeats nothing, and a few lines of them can stand for more than any memory."""
+    import yaml  # here and not above: this module is imported before every help page
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+    class NoAliases(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
+    return NoAliases
 
 
 def _digest(file: Path) -> str:

@@ -76,13 +76,14 @@ def execute(command: str, options: dict[str, Any]) -> None:
     from importlib import import_module
 
     from drmcli import config as configs
-    from drmcli.cli import render
+    from drmcli.cli import inputs, render
     from drmcli.cli.output import Screen, show_json
 
     flags = {k: v for k, v in options.items() if k not in NOT_CONFIG}
     config = configs.resolve(
         command, preset=options.get("preset"), file=options.get("config"), sets=options.get("sets"), flags=flags
     )
+    inputs.check(command, config)
     module = "drmcli.recipes." + command.replace("-", "_")
     if options.get("dry_run"):
         plan = import_module(module).plan(config)

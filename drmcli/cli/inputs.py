@@ -1,0 +1,118 @@
+"""Everything that a command's config names is looked at before torch is imported: seconds for a typo are seconds too many.
+
+What needs the libraries (is it a picture, does the model fit) is looked at by the recipes, which also stand without this.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from drmcli.config import local_or_hub, package_path
+from drmcli.errors import DrmError, InputError, MissingError
+
+SCORERS = {"reward": "--reward", "against": "--against", "judge": "--judge"}
+"""Config keys that name one scorer."""
+LISTS = {"scorers": "--scorer", "add_rewards": "--add-reward"}
+"""Config keys that name several, the second with weights."""
+NO_FILES = {"shapes", "geneval", "shapes-prompts"}
+"""Names of data that is made."""
+
+
+def check(command: str, config: Any) -> None:
+    """Raises InputError (2) or MissingError (3) for what is not there, each naming the flag."""
+    generator = getattr(config, "generator", "")
+    if generator or command in ("train-reward", "grpo", "sample"):
+        local_or_hub(generator, "--generator")
+    for key, flag in SCORERS.items():
+        if (ref := getattr(config, key, None)) and ref != "none":
+            _scorer(ref, flag)
+    for key, flag in LISTS.items():
+        for item in getattr(config, key, []):
+            _scorer(_weighed(item, flag) if key == "add_rewards" else item, flag)
+    if lora := getattr(config, "lora", None):
+        _path(lora, "--lora")
+    {"score": _score, "bench": _bench, "train-reward": _train, "grpo": _grpo}.get(command, lambda config: None)(config)
+
+
+def _score(config: Any) -> None:
+    for name in config.images:
+        if "\0" not in name and not os.path.lexists(name):
+            raise InputError(f"{name}: missing", hint="check the path")
+
+
+def _bench(config: Any) -> None:
+    several = [name.strip() for name in config.dataset.split(",") if name.strip()]
+    for name in several:
+        inner = os.path.join(config.data_dir or "", name)
+        folder = inner if len(several) > 1 and config.data_dir and os.path.isdir(inner) else config.data_dir
+        _data(name, folder, "--dataset")
+    if config.images and not os.path.isdir(config.images):
+        raise InputError(f"--images {config.images}: there is no such folder", hint="give a folder in GenEval's layout")
+    if config.dataset == "geneval" and config.data_dir and not os.path.exists(config.data_dir):
+        raise MissingError(
+            f"--data-dir {config.data_dir}: there is no such file or folder",
+            hint="give GenEval's evaluation_metadata.jsonl or its folder",
+        )
+
+
+def _train(config: Any) -> None:
+    for flag, items in (("--data", config.data), ("--eval-data", config.eval_data)):
+        for item in items:
+            name, mark, ratio = item.rpartition("=")
+            mixed = mark and not os.path.exists(package_path(item)) and _number(ratio) is not None
+            _data(name if mixed else item, config.data_dir, flag)
+
+
+def _grpo(config: Any) -> None:
+    from drmcli.data.prompts import read_prompts
+
+    if config.prompts != "shapes":
+        read_prompts(package_path(config.prompts))
+
+
+def _data(name: str, data_dir: str | None, flag: str) -> None:
+    """A dataset's name whose folder is there, or a file."""
+    if name in NO_FILES or os.path.exists(package_path(name)):
+        return
+    from drmcli.data.datasets import DATASETS, read
+
+    if name not in DATASETS or data_dir is None or not os.path.exists(data_dir):
+        try:
+            read(name, data_dir=data_dir)
+        except DrmError as error:
+            error.message = f"{flag} {error.message}"
+            raise
+
+
+def _scorer(ref: str, flag: str) -> None:
+    from drmcli.scorers import read_reference
+
+    read_reference(ref, flag)
+
+
+def _weighed(item: str, flag: str) -> str:
+    """REF of REF=WEIGHT. Raises InputError for a weight that is not finite."""
+    ref, mark, weight = item.rpartition("=")
+    value = _number(weight) if mark else None
+    if value is None:
+        return item
+    if not math.isfinite(value):
+        raise InputError(f"{flag} {item}: the weight is not finite", hint=f"for example {flag} {ref}=0.5")
+    return ref
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _path(ref: str, flag: str) -> None:
+    """A file or folder that looks like one is there; what looks like a hub id may be one."""
+    path = os.path.expanduser(package_path(ref))
+    local = path.startswith((".", "/", "~")) or path.endswith(".safetensors") or path.count("/") != 1
+    if local and not os.path.exists(path):
+        raise MissingError(f"{flag} {ref}: there is no such file or folder", hint="check the path, or give a hub id")

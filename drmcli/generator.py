@@ -28,6 +28,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Conditioning, Family
 from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
+from drmcli.lora import load_lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -284,15 +285,10 @@ class Generator:
         """Pictures of clean latents [B, C, H, W]."""
         return self.pipe.image_processor.postprocess(self.family.decode(self.pipe, latents), output_type="pil")
 
-    def load_lora(self, folder: str, flag: str = "--lora") -> None:
-        """Put a LoRA of the transformer on, saved as diffusers saves it. Raises InputError for one that changes nothing."""
-        path = local_or_hub(folder, flag)
-        with explained(folder, flag), quiet_libraries():
-            self.pipe.load_lora_weights(path, use_safetensors=True)
-        if not any("lora_" in name for name, _ in self.transformer.named_parameters()):
-            raise InputError(
-                f"{flag} {folder}: holds no weights for the transformer", hint="save it with save_lora_weights"
-            )
+    def load_lora(self, ref: str, flag: str = "--lora") -> None:
+        """Put a LoRA of the denoiser on, in any form that `drmcli.lora` reads."""
+        with quiet_libraries():
+            load_lora(self, ref, flag)
 
     def same_encoders(self, ref: str, revision: str | None, names: Sequence[str]) -> dict[str, Any]:
         """Those of the named parts of another pipeline that are loaded here already."""

@@ -17,7 +17,7 @@ LAYOUTS = {
     "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
     "--judge": "give the `reward` folder of a train-reward run, or a scorer's name",
     "--scorer": "give the `reward` folder of a train-reward run, or a scorer's name",
-    "--lora": "give the `lora` folder of a grpo run, or any LoRA that diffusers saved for this pipeline",
+    "--lora": "give the `lora` folder of a grpo run, or any LoRA for this pipeline",
 }
 """What a flag's folder must hold, for the hint when it cannot be loaded."""
 

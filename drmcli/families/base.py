@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -270,9 +271,7 @@ class Family:
 
     def sigmas(self, pipe: Any, num_inference_steps: int, size: tuple[int, int]) -> Tensor:
         """The pipeline's own noise levels [n + 1] for latents of H x W, falling, float32 on the CPU."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler.sigmas.float()
+        return flow_sigmas(pipe.scheduler.config, num_inference_steps)
 
     # --- velocity ---------------------------------------------------------------------------------------------------------------
 
@@ -395,3 +394,32 @@ def _order_metadata(file: Path) -> None:
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a denoiser's latents and embeddings are cast to: that of its first layer, whatever a LoRA's is."""
     return next(model.parameters()).dtype
+
+
+def flow_sigmas(config: Any, num_inference_steps: int, *, even: bool = False, mu: float | None = None) -> Tensor:
+    """Noise levels [n + 1] of a flow-matching Euler scheduler with this config, float32.
+
+    even: from 1 down to 1 / n in even steps before the shift, as most pipelines ask; else the scheduler's own grid. mu: of a shift
+    that depends on the resolution.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    n = num_inference_steps
+    scheduler.set_timesteps(n, sigmas=np.linspace(1.0, 1 / n, n) if even else None, mu=mu)
+    return scheduler.sigmas.float()
+
+
+def linear_mu(config: Any, tokens: int) -> float:
+    """The shift for a number of image tokens, on the line that a scheduler's config gives."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (most - least) * (tokens - low) / (high - low)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens [B, (H / 2) (W / 2), 4 C]: 2 x 2 pixels each, its numbers ordered by channel, row, column."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `pack` for latents of H x W."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (size[0] // 2, size[1] // 2)), 2)

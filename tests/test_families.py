@@ -1,0 +1,241 @@
+"""Every family against its own pipeline, on a tiny random one: velocities, schedules, features, gradients, LoRAs, and all commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_pipelines import PIPELINES, Tiny
+from torch import Tensor
+
+from drmcli.families.base import Conditioning, joined, rows_of
+from drmcli.generator import Generator
+from drmcli.reward import RewardModel
+from drmcli.sampling import Search, sample
+
+PROMPTS = ["a red circle", "a large blue square at the top"]
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return PIPELINES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("pipeline")
+    tiny.build().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(tiny: Tiny, folder: Path) -> Generator:
+    return Generator.load(str(folder), max_sequence_length=tiny.length)
+
+
+def reward_on(folder: Path, tiny: Tiny, **settings: Any) -> RewardModel:
+    options = {"drop_layers": 1, "head_width": 8, "max_sequence_length": tiny.length} | settings
+    return RewardModel.from_generator(str(folder), **options)
+
+
+def states(generator: Generator, tiny: Tiny) -> tuple[Tensor, Tensor, Conditioning]:
+    shape = generator.latent_shape(*tiny.size)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([0.3, 0.8]), generator.encode_prompts(PROMPTS)
+
+
+def pipeline_run(generator: Generator, tiny: Tiny, steps: int, guided: bool) -> tuple[list, Tensor]:
+    """What the stock pipeline's steps saw and said, (velocity, time, latents) each, and its latents at the end."""
+    pipe, seen = generator.pipe, []
+    step = pipe.scheduler.step
+
+    def spy(output: Tensor, time: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((output.clone(), time, x.clone()))
+        return step(output, time, x, *args, **kwargs)
+
+    pipe.scheduler.step = spy
+    try:
+        height, width = tiny.size
+        out = pipe(
+            PROMPTS[0], height=height, width=width, num_inference_steps=steps, output_type="latent",
+            generator=torch.Generator().manual_seed(5), **tiny.call, **(tiny.guided if guided else tiny.plain),
+        )  # fmt: skip
+    finally:
+        pipe.scheduler.step = step
+    return seen, out.images
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_velocity_and_schedule_are_the_pipelines(generator: Generator, tiny: Tiny, guided: bool) -> None:
+    """At each of 3 steps the velocity is what the pipeline hands its scheduler, and the ODE ends at its latents within 1e-4."""
+    seen, end = pipeline_run(generator, tiny, 3, guided)
+    shape = generator.latent_shape(*tiny.size)
+    size = shape[1], shape[2]
+    scale = tiny.scales[guided]
+    cond, negative = generator.encode_prompts(PROMPTS[:1]), generator.encode_negative("", scale)
+    sigmas = generator.sigmas(3, size)
+    for (output, _, x), sigma in zip(seen, sigmas):
+        mine = generator.velocity(tiny.canonical(x, size), float(sigma), cond, negative, scale)
+        torch.testing.assert_close(mine, tiny.canonical(output, size), atol=1e-4, rtol=1e-4)
+    search = Search(num_inference_steps=3, guidance_scale=scale, step_rule="ode")
+    drawn = sample(generator, None, cond, None, [5], search, negative=negative, shape=shape)
+    torch.testing.assert_close(drawn.latents, tiny.canonical(end, size), atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_and_prompts_matter(generator: Generator, tiny: Tiny) -> None:
+    """Else the test above would hold for a family that ignores them."""
+    x, sigma, cond = states(generator, tiny)
+    plain, scale = tiny.scales
+    v = generator.velocity(x, sigma, cond, generator.encode_negative("", plain), plain)
+    guided = generator.velocity(x, sigma, cond, generator.encode_negative("", scale), scale)
+    assert (v - guided).abs().max() > 1e-4
+    assert (v - generator.velocity(x, sigma, cond[[1, 0]], None, plain)).abs().max() > 1e-4
+
+
+def test_a_row_does_not_depend_on_its_batch(generator: Generator, tiny: Tiny) -> None:
+    x, sigma, cond = states(generator, tiny)
+    whole = generator.velocity(x, sigma, cond)
+    for i in range(2):
+        alone = generator.velocity(x[i : i + 1], sigma[i : i + 1], generator.encode_prompts(PROMPTS[i : i + 1]))
+        torch.testing.assert_close(whole[i : i + 1], alone, atol=2e-5, rtol=1e-4)
+
+
+def test_pictures_come_back(generator: Generator, tiny: Tiny) -> None:
+    """Decoding is the inverse of encoding's scaling: the VAE's own mode, decoded, is the same picture."""
+    pixels = torch.rand(1, 3, *tiny.size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    latents = generator.family.encode_images(generator.pipe, pixels)
+    assert latents.shape[1:] == generator.latent_shape(*tiny.size)
+    vae = generator.pipe.vae
+    direct = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    torch.testing.assert_close(generator.family.decode(generator.pipe, latents), direct, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pixel_moves_its_own_token(generator: Generator, folder: Path, tiny: Tiny) -> None:
+    """Of the first block's tokens the one whose place in the grid is the pixel's changes most."""
+    depth = generator.family.depth(generator.model_config)
+    model = reward_on(folder, tiny, drop_layers=depth - 1)
+    x, sigma, cond = states(generator, tiny)
+    patch = generator.family.patch(generator.model_config)
+    h, w = generator.family.grid(generator.model_config, (x.shape[2], x.shape[3]))
+    for row, column in ((0, 1), (h - 1, 0), (1, w - 1)):
+        moved = x.clone()
+        moved[:, :, row * patch, column * patch] += 3
+        change = model.features(moved, sigma, cond)[0] - model.features(x, sigma, cond)[0]
+        assert change.shape[1] == h * w
+        assert change.norm(dim=-1).argmax(1).tolist() == [row * w + column] * 2
+
+
+def test_every_cut_is_the_whole_models_block(generator: Generator, folder: Path, tiny: Tiny) -> None:
+    x, sigma, cond = states(generator, tiny)
+    family, whole = generator.family, generator.transformer
+    depth = family.depth(generator.model_config)
+    heard: dict[int, Any] = {}
+    hooks = [
+        block.register_forward_hook(lambda m, a, out, i=i: heard.update({i: out}))
+        for i, block in enumerate(family.blocks(whole))
+    ]
+    model = reward_on(folder, tiny, drop_layers=1, tap_layers=list(range(depth - 1)))
+    v = model.family.inputs(whole, x, sigma, cond, model.guidance)
+    whole(**v, return_dict=False)
+    for hook in hooks:
+        hook.remove()
+    grid = family.grid(generator.model_config, (x.shape[2], x.shape[3]))
+    for keep in range(1, depth):
+        model = reward_on(folder, tiny, drop_layers=depth - keep, tap_layers=list(range(keep)))
+        for i, tokens in enumerate(model.features(x, sigma, cond)):
+            torch.testing.assert_close(tokens, family.tokens(heard[i], v, grid), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_with_and_without_checkpointing(folder: Path, generator: Generator, tiny: Tiny) -> None:
+    x, sigma, cond = states(generator, tiny)
+    model = reward_on(folder, tiny, backbone="lora", lora_rank=2, tap_layers=[0, 1]).train()
+    found = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model.score(x, sigma, cond).sum().backward()
+        lost = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert lost == []
+        found.append([p.grad.clone() for n, p in model.named_parameters() if p.requires_grad])
+    assert any(g.abs().max() > 0 for g in found[0])
+    loras = [p.grad.abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.grad is not None]
+    assert max(loras) > 0
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora"])
+def test_saved_and_loaded_scores_are_equal(
+    folder: Path, generator: Generator, tiny: Tiny, tmp_path: Path, backbone: str
+) -> None:
+    x, sigma, cond = states(generator, tiny)
+    model = reward_on(folder, tiny, backbone=backbone, lora_rank=2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["family"] == generator.family.name
+    again = RewardModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.score(x, sigma, cond), model.score(x, sigma, cond), atol=1e-6, rtol=1e-6)
+
+
+def test_going_on_from_any_block(generator: Generator, folder: Path, tiny: Tiny) -> None:
+    family = generator.family
+    if not family.shares_blocks:
+        pytest.skip("this family's blocks do not go on")
+    x, sigma, cond = states(generator, tiny)
+    scale = tiny.scales[0]
+    whole = generator.velocity(x, sigma, cond, None, scale)
+    depth = family.depth(generator.model_config)
+    for keep in range(1, depth):
+        model = reward_on(folder, tiny, drop_layers=depth - keep, backbone="frozen", guidance=scale)
+        model.share_blocks(generator)
+        parts: list[Any] = []
+        for i in range(2):
+            model.score(x[i : i + 1], sigma[i : i + 1], cond[i : i + 1], states=parts)
+        swapped = torch.tensor([1, 0])
+        v = generator.velocity_from(
+            rows_of(joined(parts), swapped), keep, x[swapped], sigma[swapped], cond[swapped], scale
+        )
+        torch.testing.assert_close(v, whole[swapped], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(generator.velocity(x, sigma, cond, None, scale), whole)
+
+
+def run(drm: Callable, *args: object) -> dict:
+    outcome = drm(*args, "--json")
+    assert outcome.code == 0, outcome.err
+    return outcome.json
+
+
+def test_every_command(folder: Path, tiny: Tiny, tmp_path: Path, drm: Callable) -> None:
+    """train-reward, bench, score, sample --stepwise, grpo; its LoRA, loaded by stock diffusers, changes the picture."""
+    side = tiny.size[0]
+    common = ["--generator", folder, "--set", f"max_sequence_length={tiny.length}"]
+    small = ["--set", "shapes_prompts=4", "--set", "shapes_generated=0", "--set", f"resolution={side}"]
+    run(drm, "train-reward", *common, *small, "--set", "drop_layers=1", "--set", "head_width=8", "--backbone", "lora",
+        "--set", "eval_pairs=6", "--steps", 2, "--batch-size", 6, "--out", tmp_path / "train")  # fmt: skip
+    reward = tmp_path / "train" / "reward"
+    assert run(drm, "bench", "--reward", reward, *small[2:4], "--pairs", 6, "--out", tmp_path / "bench")["n_pairs"] >= 6
+    drawn = run(drm, "sample", PROMPTS[0], *common, "--reward", reward, "--stepwise", "--beams", 2, "--steps", 3,
+                "--height", side, "--width", side, "--out", tmp_path / "sample")  # fmt: skip
+    assert run(drm, "score", "--reward", reward, drawn["images"][0]["path"], "--prompt", PROMPTS[0])
+    run(drm, "grpo", *common, "--reward", reward, "--updates", 1, "--set", "prompts_per_update=2", "--set", "group_size=2",
+        "--steps", 3, "--set", "lora_rank=2", "--set", "min_std=0", "--lr", 0.01,
+        "--set", "eval_prompts=2", "--set", "eval_seeds=1", "--judge", "none",
+        "--set", f"resolution={side}", "--guidance-scale", tiny.scales[0], "--out", tmp_path / "grpo")  # fmt: skip
+    layers = load_file(tmp_path / "grpo" / "lora-last" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith(Generator.load(str(folder), components=()).family.denoiser) for name in layers)
+    stock = Generator.load(str(folder)).pipe
+    options = (
+        {"height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"} | tiny.call | tiny.plain
+    )
+    before = stock(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+    stock.load_lora_weights(tmp_path / "grpo" / "lora-last")
+    after = stock(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+    assert (before - after).abs().max() > 1e-6

@@ -1,0 +1,111 @@
+"""A tiny random pipeline of each family, built from configs without a network; tests alone use them.
+
+Zero-initialised weights are drawn at random and text weights are large, else a prompt or its guidance would change nothing and
+tests of them would be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+CHAT = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@dataclass
+class Tiny:
+    """How a family's tiny pipeline is made and called."""
+
+    build: Callable[[], Any]
+    call: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline."""
+    plain: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    """Arguments without guidance, and `scale` is what drm is told."""
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
+    scales: tuple[float, float] = (1.0, 3.0)
+    """What drm is told for `plain` and `guided`."""
+    canonical: Callable[[Tensor, tuple[int, int]], Tensor] = lambda latents, size: latents
+    """The pipeline's own latents as [B, C, H, W]."""
+    size: tuple[int, int] = (32, 48)
+    """Height and width in pixels."""
+    length: int = 24
+    """max_sequence_length."""
+
+
+def tokenizer(length: int = 77) -> Any:
+    """Characters as tokens."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(chr(c) for c in range(32, 127))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        model_max_length=length,
+    )  # fmt: skip
+    fast.chat_template = CHAT
+    return fast
+
+
+def clip(width: int = 16, projected: bool = False) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=99, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, projection_dim=width, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+
+
+def t5(width: int = 24) -> Any:
+    config = transformers.T5Config(vocab_size=99, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config)
+
+
+def vae(channels: int = 4, **config: Any) -> Any:
+    options = {"scaling_factor": 0.4, "shift_factor": 0.1} | config
+    return diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, **options,
+    )  # fmt: skip
+
+
+def shaken(model: nn.Module, *loud: str) -> Any:
+    """Weights that are zero drawn at random; those whose name begins with one of `loud` made 8 times larger."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.abs().max() > 0:
+                p.normal_(0, 0.1)
+            if name.startswith(loud or ("\0",)):
+                p.mul_(8)
+    return model
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae(), text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(),
+        transformer=shaken(transformer, "context_embedder"),
+    )  # fmt: skip
+
+
+def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """FLUX's own tokens as pictures of latents; size: H, W."""
+    return diffusers.FluxPipeline._unpack_latents(latents, *size, vae_scale_factor=1)
+
+
+PIPELINES = {
+    "flux": Tiny(flux, call={"max_sequence_length": 24}, canonical=packed),
+}
+"""By the family's name."""

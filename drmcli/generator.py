@@ -25,7 +25,7 @@ from torch import Tensor
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
 from drmcli.families import family_of
-from drmcli.families.base import Conditioning, Family
+from drmcli.families.base import Conditioning, Family, latent_space
 from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
 from drmcli.lora import load_lora
@@ -196,6 +196,11 @@ class Generator:
                 f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
             )
         return self.family.channels(self.model_config), height // factor, width // factor
+
+    @property
+    def latent_space(self) -> tuple[str, int]:
+        """Name and channels of the latents: see `families.base.latent_space`."""
+        return latent_space(self.family, self.model_config)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

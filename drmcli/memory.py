@@ -19,7 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
 from drmcli.families.base import Conditioning, Family
-from drmcli.reward import RewardConfig, RewardModel
+from drmcli.reward import RewardModel
+from drmcli.reward_config import RewardConfig
 
 FIXED = 0.6e9
 """Bytes that a CUDA context takes before the first tensor."""

@@ -5,15 +5,46 @@ Dimension letters: B latents, C channels, H and W latent height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from drmcli.errors import RunError
 from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
 from drmcli.run import seed_of
+
+
+@torch.no_grad()
+def score_pictures(
+    model: Callable[[Tensor, float, Conditioning], Tensor],
+    encoders: Any,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    sigmas: Sequence[float],
+    *,
+    resolution: int | None,
+    noise_samples: int,
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """Scores [B, len(sigmas)] of B pictures for B prompts, each encoded once by `encoders`, a Generator. See `score_clean`."""
+    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    names = list(unique)
+    parts = [encoders.encode_prompts(names[i : i + batch_size]) for i in range(0, len(names), batch_size)]
+    embeds = Conditioning.cat(parts)
+    out = []
+    for i in range(0, len(images), batch_size):
+        some = list(prompts[i : i + batch_size])
+        latents = encoders.encode_images(images[i : i + batch_size], resolution)
+        cond = embeds[torch.tensor([unique[p] for p in some], device=latents.device)]
+        keys = [hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() for image in images[i : i + batch_size]]
+        out.append(score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed))
+    return torch.cat(out)
 
 
 @torch.no_grad()

@@ -9,10 +9,9 @@ transformer width, F head width, T tapped blocks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +24,13 @@ from torch import Tensor, nn
 from drmcli.config import local_or_hub, spoken
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
-from drmcli.families.base import Conditioning, Family, listening
+from drmcli.families.base import Conditioning, Family, latent_space, listening
 from drmcli.generator import Generator, denoiser_config, load_denoiser, quiet_libraries, read_index, use_attention
 from drmcli.head import Head
 from drmcli.hub import explained
-from drmcli.noise import score_clean
+from drmcli.noise import score_pictures
+from drmcli.reward_config import RewardConfig, check_tensors, read_config
 from drmcli.run import seed_of
-
-FORMAT = 1
-
-
-@dataclass
-class RewardConfig:
-    """Everything that rebuilds a reward model around its weights."""
-
-    base_model: str
-    """Pipeline that the backbone was cut from; its VAE and text encoders make the inputs."""
-    transformer: dict[str, Any]
-    """Config of the base's whole denoiser, as diffusers writes it."""
-    family: str = "sd3"
-    """Kind of the base's pipeline, see `drmcli.families`."""
-    base_revision: str | None = None
-    """Revision of the base on the hub."""
-    max_sequence_length: int = 256
-    """Tokens of the T5 part of a prompt in training."""
-    text_encoder_3: bool = True
-    """Was T5 there in training?"""
-    resolution: int | None = None
-    """Side of the training images, pixels; None is the base's own."""
-    drop_layers: int = 3
-    """Blocks cut off at the end."""
-    tap_layers: list[int] | None = None
-    """Blocks whose image tokens the head reads; None is the last kept one."""
-    head_width: int = 512
-    """Width of the head."""
-    head_pool: str = "mean"
-    """Pooling over the grid: mean or attention."""
-    backbone: str = "full"
-    """full: the backbone's weights are saved here; lora, frozen: they are the base's."""
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_targets: list[str] | None = None
-    """Modules that carry the LoRA; None is the family's own list."""
-    guidance: float | None = None
-    """The guidance scale that a guidance-distilled base is told; None is the family's own."""
-    format: int = FORMAT
-    """Version of this layout."""
 
 
 class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
@@ -149,12 +109,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         with explained(ref, flag), quiet_libraries():
             family = family_of(str(read_index(where, revision).get("_class_name")), f"{flag} {ref}")
             full = denoiser_config(family, where, revision)
-            torch.manual_seed(seed_of("reward", seed))
-            if init == "random":
-                kind: Any = family.denoiser_class
-                transformer = kind.from_config(full).to(dtype)
-            else:
-                transformer = load_denoiser(family, where, revision=revision, dtype=dtype)
+            transformer = _transformer(family, where, revision, init, seed, dtype)
         config = RewardConfig(
             base_model=ref,
             base_revision=revision,
@@ -170,17 +125,9 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
     def set_trainable(self) -> None:
         """Which weights learn: all, the LoRA, or the head alone. Weights that cannot reach the score never do."""
         if self.config.backbone == "lora":
-            from peft import LoraConfig
-
             self.transformer.requires_grad_(False)
             if not getattr(self.transformer, "_hf_peft_config_loaded", False):
-                lora = LoraConfig(
-                    r=self.config.lora_rank,
-                    lora_alpha=self.config.lora_alpha,
-                    init_lora_weights="gaussian",
-                    target_modules=list(self.config.lora_targets or self.family.lora_targets),
-                )
-                self.transformer.add_adapter(lora)
+                self.transformer.add_adapter(_lora(self.config, self.family))
             for name, parameter in self.transformer.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
         else:
@@ -230,31 +177,10 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         where = Path(local_or_hub(model_id, flag))
         with explained(model_id, flag), quiet_libraries():
             if not where.is_dir():
-                where = Path(
-                    snapshot_download(
-                        model_id,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        local_files_only=local_files_only,
-                        token=token,
-                        allow_patterns=["config.json", "model.safetensors", "README.md"],
-                    )
-                )
-            config = read_config(where, f"{flag} {model_id}")
-            family = family_named(config.family, f"{flag} {model_id}")
-            weights = where / constants.SAFETENSORS_SINGLE_FILE
-            if not weights.is_file():
-                raise InputError(
-                    f"{flag} {model_id}: holds no model.safetensors", hint="drm reads weights from safetensors only"
-                )
-            tensors = load_file(weights)
-            if config.backbone == "full":
-                model = cls.from_config(config)
-            else:
-                base = local_or_hub(config.base_model, f"{flag} {model_id}: base_model")
-                model = cls(config, load_denoiser(family, base, revision=config.base_revision, dtype=torch.float32))
-            model.set_trainable()
-        model.load_tensors(tensors, f"{flag} {model_id}")
+                options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+                patterns = ["config.json", "model.safetensors", "README.md"]
+                where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
+            model = _loaded(cls, where, flag, model_id)
         use_attention(model.transformer, attention)
         if dtype != torch.float32:
             model.transformer.to(dtype)
@@ -316,22 +242,11 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
     forward = score
 
     def check_latents(self, generator: Generator, where: str) -> None:
-        """Raises InputError, beginning with `where`, unless the model was made for the generator's latent space.
-
-        Two pipelines share one where their families name it alike (`Family.latents`) and it has as many channels: a reward model
-        on Stable Diffusion 3.5 Medium judges the states of 3.5 Large, one on FLUX.1 those of its fine-tunes.
-        """
-        spaces = [
-            (family.latents(config), family.channels(config))
-            for family, config in (
-                (self.family, self.config.transformer),
-                (generator.family, generator.model_config),
-            )
-        ]
-        (name, channels), (wanted, count) = spaces
-        if spaces[0] != spaces[1]:
+        """Raises InputError, beginning with `where`, unless the model was made for the generator's latent space."""
+        mine, theirs = latent_space(self.family, self.config.transformer), generator.latent_space
+        if mine != theirs:
             raise InputError(
-                f"{where}: made for {name} latents of {channels} channels, not {wanted} latents of {count} channels",
+                f"{where}: made for {mine[0]} latents of {mine[1]} channels, not {theirs[0]} latents of {theirs[1]} channels",
                 hint="use a reward model whose base is the generator's",
             )
 
@@ -382,41 +297,50 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images and {len(prompts)} prompts", hint="give a prompt an image")
-        generator = self.generator()
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        names = list(unique)
-        parts = [generator.encode_prompts(names[i : i + batch_size]) for i in range(0, len(names), batch_size)]
-        embeds = Conditioning.cat(parts)
-        out = []
-        for i in range(0, len(images), batch_size):
-            some = list(prompts[i : i + batch_size])
-            latents = generator.encode_images(images[i : i + batch_size], self.config.resolution)
-            cond = embeds[torch.tensor([unique[p] for p in some], device=latents.device)]
-            keys = [hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() for image in images[i : i + batch_size]]
-            out.append(score_clean(self, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed))
-        return torch.cat(out)
+        resolution = self.config.resolution
+        return score_pictures(
+            self, self.generator(), images, prompts, sigmas, resolution=resolution, noise_samples=noise_samples, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Raises InputError, beginning with `where`, for missing, surplus, misshapen or non-finite weights."""
-    problem = None
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problem = f"lacks the tensor {missing[0]}"
-    elif surplus := sorted(tensors.keys() - expected.keys()):
-        problem = f"has a tensor {surplus[0]} that its config.json does not explain"
+def _transformer(family: Family, where: str, revision: str | None, init: str, seed: int, dtype: torch.dtype) -> Any:
+    """A whole denoiser, pretrained or drawn from `seed`."""
+    torch.manual_seed(seed_of("reward", seed))
+    if init != "random":
+        return load_denoiser(family, where, revision=revision, dtype=dtype)
+    kind: Any = family.denoiser_class
+    return kind.from_config(denoiser_config(family, where, revision)).to(dtype)
+
+
+def _lora(config: RewardConfig, family: Family) -> Any:
+    """The LoRA that a config describes."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora_targets or family.lora_targets),
+    )
+
+
+def _loaded(cls: type[RewardModel], where: Path, flag: str, ref: str) -> RewardModel:
+    """The model that a folder holds, in float32 on the CPU; a backbone that was not trained comes from the base pipeline."""
+    config = read_config(where, f"{flag} {ref}")
+    family = family_named(config.family, f"{flag} {ref}")
+    weights = where / constants.SAFETENSORS_SINGLE_FILE
+    if not weights.is_file():
+        raise InputError(f"{flag} {ref}: holds no model.safetensors", hint="drm reads weights from safetensors only")
+    tensors = load_file(weights)
+    if config.backbone == "full":
+        model = cls.from_config(config)
     else:
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                problem = f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
-            elif not bool(torch.isfinite(tensor).all()):
-                problem = f"the weights of {name} are not finite"
-            if problem:
-                break
-    if problem:
-        raise InputError(
-            f"{where}: {problem}",
-            hint="its config.json and weights do not belong together; train or download it again",
-        )
+        base = local_or_hub(config.base_model, f"{flag} {ref}: base_model")
+        model = cls(config, load_denoiser(family, base, revision=config.base_revision, dtype=torch.float32))
+    model.set_trainable()
+    model.load_tensors(tensors, f"{flag} {ref}")
+    return model
 
 
 def model_card(model: RewardModel) -> ModelCard:
@@ -447,25 +371,3 @@ model.score_images([image], ["a prompt"], sigmas=[0.25])
 Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was trained from it.
 """
     return ModelCard(text)
-
-
-def read_config(folder: Path, where: str) -> RewardConfig:
-    """config.json of a saved reward model. Raises InputError when it is missing, damaged or of another kind."""
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{where}: holds no config.json", hint="give the `reward` folder of a train-reward run"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{where}: config.json is damaged: {error}", hint="train or download it again") from None
-    known = {f.name for f in fields(RewardConfig)}
-    if not isinstance(values, dict) or not {"base_model", "transformer"} <= values.keys() or not values.keys() <= known:
-        raise InputError(
-            f"{where}: config.json is not a reward model's", hint="give the `reward` folder of a train-reward run"
-        )
-    if values.get("format", FORMAT) > FORMAT:
-        raise InputError(
-            f"{where}: written by a newer drm (format {values['format']})", hint="pip install --upgrade drmcli"
-        )
-    return RewardConfig(**values)

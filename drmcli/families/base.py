@@ -396,6 +396,14 @@ def input_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def latent_space(family: Family, config: dict[str, Any]) -> tuple[str, int]:
+    """Name and channels of a denoiser's latents. Reward models may be used across generators of one space.
+
+    So a reward model on Stable Diffusion 3.5 Medium judges the states of 3.5 Large, and one on FLUX.1 those of its fine-tunes.
+    """
+    return family.latents(config), family.channels(config)
+
+
 def flow_sigmas(config: Any, num_inference_steps: int, *, even: bool = False, mu: float | None = None) -> Tensor:
     """Noise levels [n + 1] of a flow-matching Euler scheduler with this config, float32.
 

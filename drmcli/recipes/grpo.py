@@ -45,7 +45,8 @@ from drmcli.plots import reward_and_judge
 from drmcli.recipes.plan import Known
 from drmcli.recipes.train_reward import share_folder, start_accelerator
 from drmcli.results import Parts
-from drmcli.reward import RewardModel, read_config
+from drmcli.reward import RewardModel
+from drmcli.reward_config import read_config
 from drmcli.rollout import Plan, Rollouts, Visit, roll_out
 from drmcli.run import (
     Interruptions,

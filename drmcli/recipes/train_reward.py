@@ -55,7 +55,8 @@ from drmcli.recipes.pairs import (
     strict,
 )
 from drmcli.results import Parts
-from drmcli.reward import RewardConfig, RewardModel
+from drmcli.reward import RewardModel
+from drmcli.reward_config import RewardConfig
 from drmcli.run import (
     Interruptions,
     Reporter,

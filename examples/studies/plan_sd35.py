@@ -18,7 +18,7 @@ from rich.table import Table
 
 from drmcli.config import package_path, preset_names, resolve
 from drmcli.recipes import grpo, train_reward
-from drmcli.reward import RewardConfig
+from drmcli.reward_config import RewardConfig
 
 TRANSFORMER = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24,

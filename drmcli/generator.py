@@ -11,9 +11,11 @@ import gc
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,12 +68,21 @@ def load_part(kind: type, where: str, name: str, *, revision: str | None, dtype:
     The libraries fill in random values for what is missing; a score from those would mean nothing.
     """
     model, found = kind.from_pretrained(  # type: ignore[attr-defined]
-        where, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+        where, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        variant=variant_of(where, name),
+    )  # fmt: skip
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
     _refuse_broken(model, f"{where}: {name}")
     return model
+
+
+def variant_of(where: str, name: str) -> str | None:
+    """The number format in the names of a local part's weights (`*.fp16.safetensors`), where there are no others."""
+    files = [f.name for f in (Path(where) / name).glob("*.safetensors")]
+    found = {m[1] for f in files if (m := re.search(r"\.(fp16|bf16|fp8|non_ema)(\.|-0)", f))}
+    plain = [f for f in files if not any(f".{v}" in f for v in found)]
+    return sorted(found)[0] if found and not plain else None
 
 
 def use_attention(denoiser: Any, name: str) -> None:

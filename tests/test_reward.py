@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,28 @@ def test_encode_is_undone_by_decode(reward: RewardModel, pictures: list[Image.Im
     assert latents.std().item() == pytest.approx(1, abs=0.4)
     out = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     assert (out - generator.preprocess(pictures)).square().mean().item() < 0.0063
+
+
+def test_generators_as_people_have_them(generator_folder: Path, tmp_path: Path, reward: RewardModel) -> None:
+    """Weights with a variant in their names, and weights in shards with an index, give the same velocities."""
+    latents, cond = inputs(1)
+    expected = Generator.load(str(generator_folder)).velocity(latents, 0.5, cond)
+    for form in ("variant", "shards"):
+        folder = tmp_path / form
+        if form == "shards":
+            whole = Generator.load(str(generator_folder))
+            whole.pipe.save_pretrained(folder, max_shard_size="200KB")
+            assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+        else:
+            shutil.copytree(generator_folder, folder)
+            for file in list(folder.rglob("*.safetensors")):
+                file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+        found = Generator.load(str(folder)).velocity(latents, 0.5, cond)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_single_file_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="a file, not a folder") as refused:
+        Generator.load(str(tmp_path / "model.safetensors"))
+    assert "from_single_file(FILE).save_pretrained(FOLDER)" in str(refused.value.hint)

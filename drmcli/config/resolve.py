@@ -171,7 +171,7 @@ def local_or_hub(ref: str, flag: str) -> str:
     if Path(path).is_file():
         hint = "give the folder that holds config.json or model_index.json"
         if flag == "--generator" and Path(path).suffix in (".safetensors", ".ckpt"):
-            hint = "a single-file checkpoint is turned into one in Python: diffusers' PIPELINE.from_single_file(FILE).save_pretrained(FOLDER)"
+            hint = "turn a single-file checkpoint into one in Python: PIPELINE.from_single_file(FILE).save_pretrained(FOLDER)"
         raise InputError(f"{flag} {ref}: a file, not a folder", hint=hint)
     looks_local = path.startswith((".", "/", "~", "{")) or path.count("/") != 1
     if looks_local:

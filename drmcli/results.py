@@ -61,7 +61,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             "group_std": _real, "ratio": _real, "clip_fraction": _real, "kl": _real, "skipped_groups": _real,
         }
     ),
-    "grpo_evals": pa.schema({"update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real, "seconds": _real}),
+    "grpo_evals": pa.schema(
+        {
+            "update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real, "flawless": _real,
+            "diversity_flawless": _real, "seconds": _real,
+        }
+    ),
     "scorers": pa.schema(
         {
             "dataset": _text, "scorer": _text, "image": _text, "prompt_id": _text, "prompt": _text, "sigma": _real,

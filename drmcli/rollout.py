@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from drmcli.errors import RunError
-from drmcli.flow import STEP_RULES, Step, sample_step
+from drmcli.flow import STEP_RULES, Step, predict_x0, sample_step
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.losses import group_advantages
 
@@ -45,6 +45,8 @@ class Plan:
     """Reward spread below which a group teaches nothing."""
     global_std: bool = False
     """One spread for the whole batch."""
+    diversity_bonus: float = 0.0
+    """Reward for each unit of a candidate's mean distance to the rest of its group."""
 
 
 @dataclass
@@ -88,6 +90,19 @@ Score = Callable[[Tensor, float, Tensor], Tensor]
 """Reward [B] of latents [B, C, H, W] at a noise level, for prompts by position [B]."""
 
 
+@dataclass
+class Share:
+    """This process's part of an update's prompts. Every process has as many."""
+
+    rank: int = 0
+    gather: Callable[[Tensor], Tensor] = lambda mine: mine
+    """[P, ...] of every process, one after the other, as one tensor."""
+
+    def mine(self, everyone: Tensor, count: int) -> Tensor:
+        """The rows of this process, which has `count` of them."""
+        return everyone[self.rank * count : (self.rank + 1) * count]
+
+
 @torch.no_grad()
 def roll_out(
     generator: Generator,
@@ -99,8 +114,13 @@ def roll_out(
     shape: tuple[int, int, int],
     seeds: Sequence[int],
     max_batch: int = 64,
+    share: Share | None = None,
 ) -> Rollouts:
-    """Trajectories for P prompts, one seed each. Raises RunError for latents or rewards that are not finite."""
+    """Trajectories for P prompts, one seed each. Raises RunError for latents or rewards that are not finite.
+
+    share: where other processes draw for other prompts of the same update; advantages are then those of the whole update.
+    """
+    share = share or Share()
     device = cond.device
     sigmas = generator.sigmas(plan.num_inference_steps, (shape[1], shape[2]))
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -153,18 +173,23 @@ def roll_out(
             continue
         flat, who = actions.flatten(0, 1), owner.repeat_interleave(k)
         if plan.algorithm == "tempflow":
-            ends, level = _finish(count, flat, who, sigmas, step + 1), 0.0
+            ends, level = finish(count, flat, who, sigmas, step + 1), 0.0
         else:
             ends, level = flat, sigma_next
         rewards = count.score(ends, level, who).reshape(p, k)
-        _teach(visit, rewards, plan)
+        if plan.diversity_bonus:
+            clean = predict_x0(ends, count.velocity(ends, level, who), level) if level else ends
+            rewards = rewards + plan.diversity_bonus * distance_to_others(clean, k)
+        _teach(visit, rewards, plan, share)
         choice = _choose(plan, rewards, rngs)
         visit.kept = torch.zeros_like(rewards, dtype=torch.bool).scatter_(1, choice[:, None], plan.follow != "mean")
         x = law.mean if plan.follow == "mean" else actions[torch.arange(p, device=device), choice]
     if grouped:
         rewards = count.score(x, 0.0, owner).reshape(p, k)
+        if plan.diversity_bonus:
+            rewards = rewards + plan.diversity_bonus * distance_to_others(x, k)
         for visit in visits:
-            _teach(visit, rewards, plan)
+            _teach(visit, rewards, plan, share)
             visit.advantages = visit.advantages.reshape(-1, 1)
             visit.kept = torch.ones_like(rewards, dtype=torch.bool)
     return Rollouts(
@@ -178,15 +203,23 @@ def trained(plan: Plan, sigmas: Tensor, step: int) -> bool:
     return lo <= float(sigmas[step]) <= hi + 1e-6 and float(sigmas[step + 1]) > 0
 
 
-def _teach(visit: Visit, rewards: Tensor, plan: Plan) -> None:
-    """Advantages within each group."""
+def _teach(visit: Visit, rewards: Tensor, plan: Plan, share: Share) -> None:
+    """Advantages within each group; the spread of the whole batch is that of all processes."""
     try:
-        found = group_advantages(rewards, min_std=plan.min_std, global_std=plan.global_std)
+        found = group_advantages(share.gather(rewards), min_std=plan.min_std, global_std=plan.global_std)
     except ValueError:
         raise RunError(
             f"rollout step {visit.step}: a reward is not finite", hint="check the reward model; use --dtype fp32"
         ) from None
-    visit.rewards, visit.advantages, visit.signal = rewards, found.values, found.signal
+    visit.rewards = rewards
+    visit.advantages = share.mine(found.values, len(rewards))
+    visit.signal = share.mine(found.signal, len(rewards))
+
+
+def distance_to_others(clean: Tensor, k: int) -> Tensor:
+    """[P, K] mean distance of clean latents [P K, C, H, W] to the others of their group, root mean square over C, H, W."""
+    groups = clean.float().unflatten(0, (-1, k)).flatten(2)
+    return torch.cdist(groups, groups).sum(2) / max(1, k - 1) / groups.shape[2] ** 0.5
 
 
 def _choose(plan: Plan, rewards: Tensor, rngs: list[torch.Generator]) -> Tensor:
@@ -197,7 +230,7 @@ def _choose(plan: Plan, rewards: Tensor, rngs: list[torch.Generator]) -> Tensor:
     return drawn.to(rewards.device)
 
 
-def _finish(count: Counter, x: Tensor, owner: Tensor, sigmas: Tensor, step: int) -> Tensor:
+def finish(count: Counter, x: Tensor, owner: Tensor, sigmas: Tensor, step: int) -> Tensor:
     """The ODE from a step to the end."""
     for i in range(step, len(sigmas) - 1):
         x = x + float(sigmas[i + 1] - sigmas[i]) * count.velocity(x, float(sigmas[i]), owner)

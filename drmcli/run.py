@@ -66,12 +66,16 @@ class Silent:
 class Run:
     """An open run folder. `resumed` tells whether it held an unfinished run; `finished` holds its summary if it was done."""
 
-    def __init__(self, folder: Path, command: str, run_id: str, *, resumed: bool, reporter: Reporter):
+    def __init__(
+        self, folder: Path, command: str, run_id: str, *, resumed: bool, reporter: Reporter, main: bool = True
+    ):
         self.folder = folder
         self.command = command
         self.id = run_id
         self.resumed = resumed
         self.reporter = reporter
+        self.main = main
+        """Is this the process that writes? The others of a run only name its folder."""
         self.started = time.monotonic()
         self.finished: dict[str, Any] | None = None
 
@@ -84,7 +88,9 @@ class Run:
         return path
 
     def log(self, text: str) -> None:
-        """A line of log.txt with the time."""
+        """A line of log.txt with the time, by the main process."""
+        if not self.main:
+            return
         still_there(self.folder / "log.txt")
         with guarded(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -120,7 +126,7 @@ def open_run(command: str, config: Any, reporter: Reporter, *, main: bool = True
     _planned.clear()
     flag = f"--out {folder}"
     if not main:
-        follower = Run(folder, command, "", resumed=False, reporter=Silent())
+        follower = Run(folder, command, "", resumed=False, reporter=Silent(), main=False)
         if not config.overwrite:
             follower.finished = _summary(folder, flag)
         yield follower

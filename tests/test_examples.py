@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -64,6 +65,24 @@ def test_times_of_the_comparison_of_alignment() -> None:
     assert made["reached"](summary, 0.5) == 0
     assert made["reached"](summary, 0.8) == float("inf")
     assert made["at_time"](summary, 15) == pytest.approx(0.65)
+
+
+def test_the_comparison_of_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Tables from runs that are there already: a run that has its summary is not run again."""
+    for way, after in (("flow-grpo", 0.6), ("nft-step", 0.8)):
+        history = [{"seconds": s, "judge": j, "reward": s} for s, j in ((0.0, 0.5), (10.0, after))]
+        summary = {"history": history, "updates": 1, "judge_before": 0.5, "judge_after": after, "diversity_before": 0.4}
+        summary |= {"diversity_after": 0.3, "diversity_flawless_before": None, "diversity_flawless_after": 0.2}
+        (tmp_path / f"{way}-0.001-0").mkdir()
+        (tmp_path / f"{way}-0.001-0" / "summary.json").write_text(json.dumps(summary))
+    run("studies/compare_alignment.py", tmp_path, "--seeds", 1, "--rates", "1e-3", "--ways", "flow-grpo", "nft-step",
+        monkeypatch=monkeypatch)  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "flow-grpo at half of its time (5 s): judge 0.550" in shown
+    rows = pd.read_parquet(tmp_path / "alignment.parquet").set_index("way")
+    assert rows.loc["nft-step", "diversity"] == pytest.approx(0.75)
+    assert rows.loc["nft-step", "best"] == 0.8
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_the_dataset_of_the_overhead_is_in_the_published_layout(tmp_path: Path) -> None:

@@ -6,22 +6,29 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from drmcli.algorithms import Prompts
 from drmcli.config import package_path, resolve
+from drmcli.embeddings import Embeddings
 from drmcli.errors import InputError, Interrupted, RunError
 from drmcli.flow import Step, log_ratio
+from drmcli.generator import PromptEmbeds
 from drmcli.memory import SavedBytes
 from drmcli.recipes import grpo
+from drmcli.recipes.alignment import Alignment, assemble, read_prompts
+from drmcli.recipes.launch import start_accelerator
 from drmcli.results import read
-from drmcli.rollout import Plan, trained
+from drmcli.rollout import Plan, Visit, trained
 from drmcli.run import Run, Silent
 from drmcli.tiny import world
 
@@ -56,16 +63,18 @@ def digest(out: Path, name: str = "lora-last") -> str:
     return hashlib.sha256((out / name / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
 
 
-def aligner(config, tmp_path: Path) -> grpo.Aligner:
-    from drmcli.recipes.train_reward import start_accelerator
-
+def aligner(config, tmp_path: Path) -> Alignment:
     tmp_path.mkdir(exist_ok=True)
-    return grpo.Aligner(
-        config, start_accelerator(config, rounds=1), Run(tmp_path, "grpo", "x", resumed=False, reporter=Silent())
-    )
+    run = Run(tmp_path, "grpo", "x", resumed=False, reporter=Silent())
+    return assemble(config, start_accelerator(config, rounds=1), run)
 
 
-@pytest.mark.parametrize("algorithm", ["step-grpo", "tempflow", "flow-grpo"])
+def collect(a: Alignment):
+    """What the first update draws."""
+    return a.algorithm.draw(a.pick(0)[1], 0)
+
+
+@pytest.mark.parametrize("algorithm", ["step-grpo", "tempflow", "flow-grpo", "nft", "nft-step", "direct"])
 def test_runs_and_reports(tmp_path: Path, config, algorithm: str) -> None:
     summary = align(config(tmp_path, algorithm=algorithm, updates=2))
     assert summary["updates"] == 2
@@ -76,7 +85,9 @@ def test_runs_and_reports(tmp_path: Path, config, algorithm: str) -> None:
     groups = rollouts.groupby(["update", "group", "step"])
     assert (groups.size() == 3).all()
     assert groups["advantage"].sum().abs().max() < 1e-3
-    assert (groups["kept"].sum() == (3 if algorithm == "flow-grpo" else 1)).all()
+    assert (groups["kept"].sum() == (1 if algorithm in ("step-grpo", "tempflow") else 3)).all()
+    assert len(rollouts) == 2 * 4 * 3 * {"nft": 1, "nft-step": 2, "direct": 1}.get(algorithm, 3)
+    assert rollouts["log_prob"].isna().all() == (algorithm in ("nft", "nft-step", "direct"))
     metrics = read(tmp_path / "metrics")
     assert metrics["ratio"].iloc[0] == pytest.approx(1, abs=1e-5)
     assert (tmp_path / "curve.png").exists()
@@ -93,61 +104,64 @@ def test_one_velocity_serves_all_candidates(tmp_path: Path, config) -> None:
 def test_the_loss_is_that_of_repeated_states(tmp_path: Path, config) -> None:
     """One state with k actions has the loss and the gradient of k copies of the state with an action each."""
     a = aligner(config(tmp_path), tmp_path / "a")
-    rollouts, _, cond = a.collect()
+    drawn = collect(a)
+    rollouts, cond = drawn.rollouts, drawn.prompts.cond
     visit = rollouts.visits[0]
     part = torch.arange(2)
     with torch.no_grad():
-        for p in a.trained:
+        for p in a.policy.trained:
             p.add_(0.02)
-    shared, _ = a.part_loss(visit, part, cond)
+    shared = a.algorithm.part_loss(visit, part, cond).loss
     shared.backward()
-    gradient = [p.grad.clone() for p in a.trained]
+    gradient = [p.grad.clone() for p in a.policy.trained]
     a.optimizer.zero_grad()
     k = visit.actions.shape[1]
-    again = grpo.Visit(**vars(visit))
+    again = Visit(**vars(visit))
     again.states = visit.states.repeat_interleave(k, 0)
     again.owner = visit.owner.repeat_interleave(k)
     again.mean = visit.mean.repeat_interleave(k, 0)
     again.actions = visit.actions.reshape(-1, 1, *visit.actions.shape[2:])
     again.advantages = visit.advantages.reshape(-1, 1)
-    repeated, _ = a.part_loss(again, torch.arange(2 * k), cond)
+    repeated = a.algorithm.part_loss(again, torch.arange(2 * k), cond).loss
     repeated.backward()
     torch.testing.assert_close(shared, repeated, atol=1e-6, rtol=1e-4)
-    for x, p in zip(gradient, a.trained):
+    for x, p in zip(gradient, a.policy.trained):
         torch.testing.assert_close(x, p.grad, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["gaussian", "no-const", "guard"])
 def test_the_ratio_is_one_before_an_update(tmp_path: Path, config, form: str) -> None:
     a = aligner(config(tmp_path), tmp_path / "a")
-    rollouts, _, cond = a.collect()
-    a.check(rollouts, cond)
+    drawn = collect(a)
+    rollouts, cond = drawn.rollouts, drawn.prompts.cond
+    grpo.check(a, drawn)
     for visit in rollouts.visits:
-        new = a._law(visit, torch.arange(4), cond)
+        new = a.algorithm.law(visit, torch.arange(4), cond)
         assert log_ratio(visit.actions[:, 0], new, Step(visit.mean, new.std), form=form).abs().max() < 1e-5
 
 
 def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path, config) -> None:
     a = aligner(config(tmp_path), tmp_path / "a")
-    rollouts, _, cond = a.collect()
-    rollouts.visits[0].mean += 0.1
+    drawn = collect(a)
+    drawn.rollouts.visits[0].mean += 0.1
     with pytest.raises(RunError, match="log ratio before the first update"):
-        a.check(rollouts, cond)
+        grpo.check(a, drawn)
 
 
 def test_kl_is_nothing_at_first_and_pulls_back_later(tmp_path: Path, config) -> None:
     a = aligner(config(tmp_path, kl_beta=1.0), tmp_path / "a")
-    rollouts, _, cond = a.collect()
+    drawn = collect(a)
+    rollouts, cond = drawn.rollouts, drawn.prompts.cond
     part = torch.arange(4)
-    assert a.part_loss(rollouts.visits[0], part, cond)[1][2].abs() < 1e-9
+    assert a.algorithm.part_loss(rollouts.visits[0], part, cond).kl.abs() < 1e-9
     with torch.no_grad():
-        for p in a.trained:
+        for p in a.policy.trained:
             p.add_(0.05)
     rollouts.visits[0].advantages.zero_()
-    loss, shown = a.part_loss(rollouts.visits[0], part, cond)
-    loss.backward()
-    assert shown[2] > 0
-    assert max(p.grad.abs().max() for p in a.trained) > 0
+    found = a.algorithm.part_loss(rollouts.visits[0], part, cond)
+    found.loss.backward()
+    assert found.kl > 0
+    assert max(p.grad.abs().max() for p in a.policy.trained) > 0
 
 
 def test_micro_batches_change_nothing(tmp_path: Path, config) -> None:
@@ -157,28 +171,130 @@ def test_micro_batches_change_nothing(tmp_path: Path, config) -> None:
         torch.testing.assert_close(x[name], y[name], atol=2e-4, rtol=0)
 
 
-def test_two_processes_are_one(tmp_path: Path, config, reward_folder: Path) -> None:
-    one = align(config(tmp_path / "one", updates=1))
+SEVERAL = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from drmcli.config import resolve
+from drmcli.errors import Interrupted
+from drmcli.recipes import grpo
+from drmcli.run import Silent
+
+torch.set_num_threads(1)
+rank, interrupted = int(os.environ["RANK"]), Path(sys.argv[1]) / "stop"
+learn = grpo.learn
+
+def signalled(a, drawn, update):
+    assert torch.distributed.get_world_size() == a.accelerator.num_processes == 2
+    if rank == 1 and Path(a.config.out) == interrupted and update == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return learn(a, drawn, update)
+
+grpo.learn = signalled
+Accelerator.end_training = lambda self: None  # it closes the process group, which the next run needs
+for flags in json.loads(sys.argv[2]):
+    try:
+        done = grpo.run(resolve("grpo", flags=flags), Silent())
+    except Interrupted as stop:
+        done = {"interrupted": str(stop), "updates": None}
+    (Path(sys.argv[1]) / f"{Path(flags['out']).name}-{rank}.json").write_text(json.dumps(done))
+"""
+
+
+def in_two_processes(folder: Path, runs: list[dict], **variables: str) -> subprocess.CompletedProcess:
+    """Runs of grpo, one after the other, by two real processes; each process leaves NAME-RANK.json."""
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
     command = [
         sys.executable,
         "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+        "torch.distributed.run",
+        "--nproc_per_node",
         "2",
-        "--num_machines",
-        "1",
+        "--master_port",
+        str(free_port()),
     ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "drmcli", "grpo"]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu", "--quiet", "--reward", str(reward_folder)]
-    for key, value in (TINY | {"updates": 1}).items():
-        command += ["--set", f"{key}={json.dumps(value)}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    x = load_file(Path(one["lora_last"]) / "pytorch_lora_weights.safetensors")
-    y = load_file(tmp_path / "two" / "lora-last" / "pytorch_lora_weights.safetensors")
+    environment = os.environ | variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(grpo.__file__).parents[2])}
+    return subprocess.run(
+        [*command, str(script), str(folder), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def same_weights(one: Path, other: Path) -> None:
+    x, y = (load_file(out / "lora-last" / "pytorch_lora_weights.safetensors") for out in (one, other))
     for name in x:
         torch.testing.assert_close(x[name], y[name], atol=2e-4, rtol=0)
+
+
+def test_two_processes_are_one(tmp_path: Path, config, reward_folder: Path) -> None:
+    """The same weights, tables and figures; and when one process is told to stop, both do, with a checkpoint."""
+    flags = TINY | {"updates": 1, "eval_prompts": 3, "reward_draws": 2, "reward": str(reward_folder)}
+    one = align(resolve("grpo", flags=flags | {"out": str(tmp_path / "one")}))
+    two, stop = (flags | {"out": str(tmp_path / name), "device": "cpu"} for name in ("two", "stop"))
+    stop |= {"updates": 3, "eval_every": 0, "save_every": 0}
+    others = [
+        {"algorithm": "nft-step", "nft_levels": 2, "eval_every": 0},
+        {"algorithm": "direct", "direct_steps": 2, "kl_beta": 0.1, "eval_every": 0},
+    ]
+    others = [two | more | {"out": str(tmp_path / f"two-{more['algorithm']}")} for more in others]
+    done = in_two_processes(tmp_path, [stop, two, *others])
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:3000]
+    both = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
+    first, second = ([row | {"seconds": 0} for row in summary["history"]] for summary in both)
+    assert first == second
+    for name in ("reward_before", "reward_after", "judge_before", "judge_after", "diversity_before"):
+        assert both[0][name] == pytest.approx(one[name], abs=2e-3), name
+    for name in ("generator_calls", "reward_calls", "updates"):
+        assert both[0][name] == one[name], name
+    same_weights(tmp_path / "one", tmp_path / "two")
+    for more in others:
+        name = more["algorithm"]
+        align(resolve("grpo", flags=more | {"out": str(tmp_path / name)}))
+        same_weights(tmp_path / name, tmp_path / f"two-{name}")
+    for table in ("metrics", "rollouts", "evals"):
+        a, b = (read(tmp_path / name / table) for name in ("one", "two"))
+        a, b = (t.drop(columns="seconds", errors="ignore") for t in (a, b))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "two" / "log.txt").read_text().count("update 0:") == 1
+    for rank in (0, 1):
+        assert "update 2 of 3 is saved" in json.loads((tmp_path / f"stop-{rank}.json").read_text())["interrupted"]
+    assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_is_refused(tmp_path: Path, config, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(InputError, match="does not shard"):
+        align(config(tmp_path))
+
+
+def test_fp16_is_refused(tmp_path: Path, config) -> None:
+    with pytest.raises(InputError, match="--dtype fp16"):
+        align(config(tmp_path / "a", dtype="fp16"))
+
+
+def test_rounding_beyond_the_clip_range_is_said(tmp_path: Path, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "warn", lambda self, text: said.append(text))
+    a = aligner(config(tmp_path, clip_range=1e-9), tmp_path / "a")
+    drawn = collect(a)
+    grpo.check(a, drawn)
+    assert not said
+    visit = drawn.rollouts.visits[0]
+    visit.mean += 1e-5 * visit.std
+    grpo.check(a, drawn)
+    assert any("rounding alone moves the log ratio" in text for text in said), said
 
 
 class InterruptAfter(Silent):
@@ -190,7 +306,16 @@ class InterruptAfter(Silent):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.5, "warmup_updates": 2, "kl_beta": 0.1}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"ema_decay": 0.5, "warmup_updates": 2, "kl_beta": 0.1},
+        {"algorithm": "nft-step", "old_decay_rate": 0.3, "nft_levels": 2},
+        {"algorithm": "direct", "direct_form": "refl", "reward_draws": 2},
+    ],
+    ids=["plain", "averaged", "nft-step", "direct"],
+)
 def test_resumed_is_unbroken_bit_for_bit(tmp_path: Path, config, extra: dict) -> None:
     whole = align(config(tmp_path / "whole", **extra))
     for update in (1, 3):
@@ -205,39 +330,60 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path: Path, config, extra: dict) ->
         assert a.drop(columns="seconds", errors="ignore").equals(b.drop(columns="seconds", errors="ignore"))
 
 
-def test_the_lora_changes_the_picture_of_plain_diffusers(tmp_path: Path, config, generator_folder: Path) -> None:
-    """In a script that never imports drmcli."""
-    summary = align(config(tmp_path, updates=3, lr=0.01))
+def test_plain_diffusers_draws_what_the_run_evaluated(
+    tmp_path: Path, config, generator_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a script that never imports drmcli: LoRA alpha is 2 x rank and comes back with the file."""
+    seen: list[torch.Tensor] = []
+    draw = grpo.sample
+
+    def seeing(*args, **options):
+        found = draw(*args, **options)
+        seen.append(found.latents)
+        return found
+
+    monkeypatch.setattr(grpo, "sample", seeing)
+    summary = align(config(tmp_path, updates=3, lr=0.01, eval_every=3, lora_alpha=8))
+    assert summary["best_update"] in (0, 3)
+    after, before = (
+        seen[-2][:2],
+        seen[-1][:2],
+    )  # test prompts: the best policy, then the one before training; seeds 0 and 1
+    np.save(tmp_path / "drawn.npy", torch.stack([before, after]).numpy())
     code = f"""
-import torch
+import numpy as np, torch
 from diffusers import StableDiffusion3Pipeline
 pipe = StableDiffusion3Pipeline.from_pretrained({str(generator_folder)!r}, text_encoder_3=None, tokenizer_3=None)
-def draw():
-    rng = torch.Generator().manual_seed(0)
+def draw(seed):
+    rng = torch.Generator().manual_seed(seed)
     options = dict(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=1, generator=rng, output_type="latent")
-    return pipe("a large red circle on the left", **options).images
-before = draw()
-pipe.load_lora_weights({summary["lora_last"]!r})
-print((draw() - before).abs().max().item())
+    return pipe({next(iter(world.captions("test")))!r}, **options).images[0]
+drawn = torch.from_numpy(np.load({str(tmp_path / "drawn.npy")!r}))
+before = torch.stack([draw(0), draw(1)])
+pipe.load_lora_weights({summary["lora"]!r})
+after = torch.stack([draw(0), draw(1)])
+print((before - drawn[0]).abs().max().item(), (after - drawn[1]).abs().max().item(), (after - before).abs().max().item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert float(done.stdout.split()[-1]) > 1e-2, done.stderr[-1000:]
+    first, second, changed = map(float, done.stdout.split()[-3:])
+    assert first < 1e-5 and second < 1e-5, done.stderr[-1000:]
+    assert changed > 1e-2 or summary["best_update"] == 0
 
 
 def test_the_alarm_stops_and_keeps_the_best(tmp_path: Path, config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward 0, 1, 2, 3 by evaluation, judge 0.5, 0.7, 0.3: fooled at the third, and lora/ is the second."""
     points = iter([(0.0, 0.5), (1.0, 0.7), (2.0, 0.3), (9.0, 9.0)])
-    evaluate = grpo.Aligner.evaluate
+    look = grpo.look
 
-    def fake(self: grpo.Aligner, split: str) -> grpo.Evaluation:
-        found = evaluate(self, split)
+    def fake(a: Alignment, split: str) -> grpo.Evaluation:
+        found = look(a, split)
         if split == "val":
             reward, judged = next(points)
             noise = np.linspace(-0.01, 0.01, len(found.reward))
             found.reward, found.judge = reward + noise, judged + noise
         return found
 
-    monkeypatch.setattr(grpo.Aligner, "evaluate", fake)
+    monkeypatch.setattr(grpo, "look", fake)
     summary = align(config(tmp_path, updates=8, on_hacking="stop"))
     assert summary["updates"] == 4
     assert summary["best_update"] == 2
@@ -254,6 +400,89 @@ def test_conditioning_does_not_depend_on_what_was_asked_before(tmp_path: Path, c
         assert torch.equal(whole.prompt_embeds[i : i + 1], other.cond([texts[i]])[0].prompt_embeds)
 
 
+def test_a_damaged_checkpoint_costs_a_few_updates(tmp_path: Path, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = align(config(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        grpo.run(config(tmp_path / "parts"), InterruptAfter(3))
+    (tmp_path / "parts" / "checkpoints" / "step-000003" / "state.safetensors").write_bytes(b"half")
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "warn", lambda self, text: said.append(text))
+    parts = align(config(tmp_path / "parts"))
+    assert "step-000003 is damaged" in said[0]
+    assert parts["reward_after"] == whole["reward_after"]
+    assert len(read(tmp_path / "parts" / "rollouts")) == len(read(tmp_path / "whole" / "rollouts"))
+
+
+def test_embeddings_are_kept_on_the_cpu_and_not_for_ever() -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> list[PromptEmbeds]:
+        asked.append(text)
+        one = PromptEmbeds(prompt_embeds=torch.full((1, 2, 3), float(len(asked))))
+        return [one, one]
+
+    kept = Embeddings(encode, torch.device("cpu"), room=2)
+    own, other = kept(["a", "b", "a", "c"])
+    assert own.prompt_embeds[:, 0, 0].tolist() == [1, 2, 1, 3]
+    assert torch.equal(own.prompt_embeds, other.prompt_embeds)
+    assert asked == ["a", "b", "c"]
+    assert list(kept.kept) == ["b", "c"]
+    kept(["c", "a"])
+    assert asked == ["a", "b", "c", "a"]
+    assert all(one is other for one, other in kept.kept.values())  # models of one base share theirs
+
+
+def test_one_prompt_and_one_picture(tmp_path: Path, config) -> None:
+    """No interval and no diversity: null, and the run ends well."""
+    summary = align(config(tmp_path, updates=1, eval_prompts=1, eval_seeds=1, on_hacking="stop", prompts_per_update=1))
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary, allow_nan=False))
+    assert summary["reward_gain_ci95"] == [None, None]
+    assert summary["diversity_after"] is None
+
+
+@pytest.mark.parametrize(("form", "steps", "expected"), [("draft", 1, 1), ("draft", 3, 3), ("refl", 1, 1)])
+def test_the_gradient_of_direct_goes_through_the_last_steps(
+    tmp_path: Path, config, form: str, steps: int, expected: int
+) -> None:
+    """The loss is minus the reward of what is drawn; as many steps carry a gradient as are asked for; its sample is the plain one."""
+    flags = {"algorithm": "direct", "direct_form": form, "direct_steps": steps, "kl_beta": 0.5}
+    a = aligner(config(tmp_path, **flags), tmp_path / "a")
+    drawn = collect(a)
+    cond = drawn.prompts.cond[torch.zeros(1, dtype=torch.long)]
+    x, states = a.algorithm._sample(drawn, drawn.noise[0, :1], cond)
+    assert len(states) == expected
+    part = next(iter(a.algorithm.parts(drawn)))
+    part.loss.loss.backward()
+    assert part.loss.kl.abs() < 1e-9
+    assert max(float(p.grad.abs().max()) for p in a.policy.trained if p.grad is not None) > 0
+    assert all(p.grad is None for model in a.rewards.models for p in model.parameters())
+    if form == "draft":
+        plain = grpo.sample(
+            a.policy.generator, None, cond, None, [0], grpo.Search(num_inference_steps=4), shape=a.shape
+        )
+        assert x.shape == plain.latents.shape
+
+
+def test_direct_refuses_rewards_of_pictures(tmp_path: Path, config) -> None:
+    with pytest.raises(InputError, match="has no gradient"):
+        aligner(config(tmp_path, algorithm="direct", add_rewards=["shapes"]), tmp_path / "a")
+
+
+def test_old_policy_of_nft_follows(tmp_path: Path, config) -> None:
+    """After update i it keeps min(rate i, limit) of itself: 0, 0.3, 0.5."""
+    a = aligner(config(tmp_path, algorithm="nft", old_decay_rate=0.3), tmp_path / "a")
+    first = a.policy.trained[0].detach().clone()
+    for update, share in enumerate((0.0, 0.3, 0.5)):
+        before = a.policy.old[0].clone()
+        grpo.learn(a, a.algorithm.draw(a.pick(update)[1], update), update)
+        now = a.policy.trained[0].detach()
+        torch.testing.assert_close(a.policy.old[0], share * before + (1 - share) * now)
+    with a.policy.drawing_policy():
+        assert torch.equal(a.policy.trained[0], a.policy.old[0])
+    assert torch.equal(a.policy.trained[0], now)
+    assert not torch.equal(now, first)
+
+
 def test_time_is_up(tmp_path: Path, config) -> None:
     assert align(config(tmp_path, updates=500, max_time=0.02, eval_every=0, save_every=0))["updates"] < 500
 
@@ -268,12 +497,12 @@ def test_windows() -> None:
 def test_prompts_are_disjoint(tmp_path: Path, config) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(world.captions("train")[:30]) + "\n")
-    split = grpo.read_prompts(config(tmp_path, prompts=str(file)))
+    split = read_prompts(config(tmp_path, prompts=str(file)))
     assert {k: len(v) for k, v in split.items()} == {"train": 24, "val": 3, "test": 3}
     assert len({t for texts in split.values() for t in texts}) == 30
     file.write_text("one\ntwo\n")
     with pytest.raises(InputError, match="2 prompts"):
-        grpo.read_prompts(config(tmp_path, prompts=str(file)))
+        read_prompts(config(tmp_path, prompts=str(file)))
 
 
 def test_an_empty_window_is_refused(tmp_path: Path, config) -> None:
@@ -291,6 +520,11 @@ def test_sample_takes_the_lora(tmp_path: Path, config, drm) -> None:
     assert pictures[0] != pictures[1]
 
 
+def reward_of(a: Alignment, x: torch.Tensor, sigma: float, texts: list[str]) -> torch.Tensor:
+    prompts = Prompts(texts, [0] * len(texts), *a.cond(texts))
+    return a.reward(x, sigma, prompts, torch.arange(len(texts)))
+
+
 def brightness(images: list, prompts: list[str]) -> list[float]:
     """A reward of pictures, named as test_grpo:brightness."""
     return [float(np.asarray(image).mean()) / 255 for image in images]
@@ -304,31 +538,30 @@ def test_a_callable_and_a_second_model_are_added_by_their_weights(
     more = [f"{reward_folder}=0.5", "test_grpo:brightness=10"]
     summed = aligner(config(tmp_path, add_rewards=more), tmp_path / "b")
     texts = alone.prompts["val"][:3]
-    cond, conds = summed.cond(texts)
-    assert len(conds) == 2
+    assert len(summed.cond(texts)[1]) == 2
     x = torch.randn(3, *summed.shape, generator=torch.Generator().manual_seed(0))
-    single = alone.reward_of(x, 0.0, *alone.cond(texts), texts)
-    bright = torch.tensor(brightness(summed.generator.decode(x), texts))
-    torch.testing.assert_close(summed.reward_of(x, 0.0, cond, conds, texts), 1.5 * single + 10 * bright)
+    single = reward_of(alone, x, 0.0, texts)
+    bright = torch.tensor(brightness(summed.policy.generator.decode(x), texts))
+    torch.testing.assert_close(reward_of(summed, x, 0.0, texts), 1.5 * single + 10 * bright)
     # At a noise level the picture is the one that the policy predicts, for a velocity a state.
-    before = summed.calls[0]
-    summed.reward_of(x, 0.5, cond, conds, texts)
-    assert summed.calls[0] == before + 3
+    before = summed.reward.generator_calls
+    reward_of(summed, x, 0.5, texts)
+    assert summed.reward.generator_calls == before + 3
 
 
 def test_spread_and_ceiling(tmp_path: Path, config, reward_folder: Path) -> None:
     x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     plain = aligner(config(tmp_path), tmp_path / "a")
     texts = plain.prompts["val"][:3]
-    one = plain.reward_of(x, 0.5, *plain.cond(texts), texts)
+    one = reward_of(plain, x, 0.5, texts)
     # Two equal models have no spread; their sum is twice the one.
     twins = aligner(config(tmp_path, add_rewards=[str(reward_folder)], spread_penalty=3.0), tmp_path / "b")
-    torch.testing.assert_close(twins.reward_of(x, 0.5, *twins.cond(texts), texts), 2 * one)
+    torch.testing.assert_close(reward_of(twins, x, 0.5, texts), 2 * one)
     drawn = [aligner(config(tmp_path, reward_draws=4, spread_penalty=p), tmp_path / f"d{p}") for p in (0.0, 1.0)]
-    free, held = (a.reward_of(x, 0.5, *a.cond(texts), texts) for a in drawn)
+    free, held = (reward_of(a, x, 0.5, texts) for a in drawn)
     assert (held < free).all()
     capped = aligner(config(tmp_path, reward_ceiling=float(one.median())), tmp_path / "c")
-    torch.testing.assert_close(capped.reward_of(x, 0.5, *capped.cond(texts), texts), one.clamp(max=float(one.median())))
+    torch.testing.assert_close(reward_of(capped, x, 0.5, texts), one.clamp(max=float(one.median())))
     with pytest.raises(InputError, match="has no spread"):
         aligner(config(tmp_path, spread_penalty=1.0), tmp_path / "e")
 
@@ -366,27 +599,28 @@ def test_memory_plan_is_what_an_update_uses(tmp_path: Path, config, train: str, 
     c = config(tmp_path, train=train, gradient_checkpointing=checkpointed, micro_batch_size=4)
     memory = grpo.plan(c)["memory"]
     a = aligner(c, tmp_path / "a")
-    rollouts, _, cond = a.collect()
-    with SavedBytes(a.generator.transformer) as kept:
-        loss, _ = a.part_loss(rollouts.visits[0], torch.arange(4), cond)
+    drawn = collect(a)
+    rollouts, cond = drawn.rollouts, drawn.prompts.cond
+    with SavedBytes(a.policy.generator.transformer) as kept:
+        loss = a.algorithm.part_loss(rollouts.visits[0], torch.arange(4), cond).loss
     loss.backward()
     a.optimizer.step()
 
     def size(tensors) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    policy = a.generator.transformer
-    grads = size(p.grad for p in a.trained if p.grad is not None)
+    policy = a.policy.generator.transformer
+    grads = size(p.grad for p in a.policy.trained if p.grad is not None)
     moments = size(t for s in a.optimizer.state.values() for t in s.values())
-    average = size(a.ema.shadow_params) if a.ema is not None else 0
+    average = size(a.policy.ema.shadow_params) if a.policy.ema is not None else 0
     used = size(policy.parameters()) + size(policy.buffers()) + grads + moments + average + kept.total
     planned = memory["total_checkpointed" if checkpointed else "total"] - sum(memory["beside"].values())
     blocks = len(policy.transformer_blocks)
     again = memory["activations"] // blocks if checkpointed else 0  # one block lives again while it is recomputed
     assert planned == pytest.approx(used + again, rel=0.2)
     real = {
-        "vae": a.generator.pipe.vae,
-        "text_encoder": a.generator.pipe.text_encoder,
+        "vae": a.policy.generator.pipe.vae,
+        "text_encoder": a.policy.generator.pipe.text_encoder,
         "reward model": a.rewards.models[0],
     }
     for name, model in real.items():

@@ -22,7 +22,7 @@ def ground() -> set[str]:
     return GROUND | inside - WITH_TORCH
 
 
-MODELS = {"generator", "reward", "memory", "scheduler", "measure.detect", "tiny.build", "tiny.shapes",
+MODELS = {"generator", "reward", "policy", "memory", "scheduler", "measure.detect", "tiny.build", "tiny.shapes",
           "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3"}  # fmt: skip
 """Modules that may see diffusers and transformers, besides the recipes."""
 
@@ -71,9 +71,17 @@ def test_plain_modules_import_no_torch_and_only_each_other() -> None:
 
 
 def test_flow_and_losses_import_torch_alone() -> None:
-    for name in ("flow", "losses"):
-        found = {m.split(".")[0] for m in imports(modules()[name])}
-        assert found <= {"__future__", "collections", "dataclasses", "math", "torch"}, name
+    for name in ("flow", "losses", "policy_loss"):
+        found = imports(modules()[name])
+        ours = {m for m in found if m.split(".")[0] == "drmcli"}
+        assert all(m.split(".")[1] in ("flow", "losses") for m in ours if "." in m), name
+        assert {m.split(".")[0] for m in found - ours} <= {
+            "__future__",
+            "collections",
+            "dataclasses",
+            "math",
+            "torch",
+        }, name
 
 
 def test_only_models_and_recipes_see_diffusers() -> None:

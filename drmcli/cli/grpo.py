@@ -10,7 +10,9 @@ from drmcli.cli import options as o
 
 
 def grpo(
-    algorithm: Annotated[str | None, typer.Option(help="step-grpo (default), tempflow or flow-grpo.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="step-grpo (default), tempflow, flow-grpo, nft, nft-step or direct.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="shapes|FILE", help="Prompts to learn from; some are held out.")
     ] = None,
@@ -38,6 +40,15 @@ def grpo(
         float | None, typer.Option(help="Take so many standard deviations over reward models and draws off the reward.")
     ] = None,
     kl_beta: Annotated[float | None, typer.Option(help="Weight of the KL to the reference.")] = None,
+    diversity_bonus: Annotated[
+        float | None, typer.Option(help="Reward for each unit of distance to the rest of the group.")
+    ] = None,
+    refresh_every: Annotated[
+        int | None, typer.Option(help="Updates after which the reward model learns from fresh samples.")
+    ] = None,
+    refresh_by: Annotated[
+        str | None, typer.Option(metavar="SCORER", help="The trusted scorer that labels those samples.")
+    ] = None,
     on_hacking: Annotated[str | None, typer.Option(help="stop (default), warn or ignore.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a rollout.")] = None,
     guidance_scale: Annotated[

@@ -293,8 +293,11 @@ class Grpo(Common, Drawing):
     """Independent yardstick: a scorer (shapes is the embedded world's judge), a second reward model, or none."""
     prompts: str = "shapes"
     """Prompts to learn from: shapes, or a text file with a prompt a line, of which a tenth each is held out for val and test."""
-    algorithm: Literal["step-grpo", "tempflow", "flow-grpo"] = "step-grpo"
-    """step-grpo scores candidates where they are; tempflow finishes them by the ODE; flow-grpo scores whole trajectories."""
+    algorithm: Literal["step-grpo", "tempflow", "flow-grpo", "nft", "nft-step", "direct"] = "step-grpo"
+    """step-grpo scores candidates where they are; tempflow finishes them by the ODE; flow-grpo scores whole trajectories. nft learns
+    from noised
+    samples without likelihoods (DiffusionNFT), nft-step with the rewards of those noisy states; direct follows the reward's own
+    gradient."""
     updates: Positive = 40
     """Optimizer updates."""
     max_time: Annotated[float, Field(gt=0)] | None = None
@@ -304,7 +307,7 @@ class Grpo(Common, Drawing):
     prompts_per_update: Positive = 16
     """Prompts an update, over all processes."""
     group_size: Annotated[int, Field(ge=2)] = 6
-    """Candidates of a state, or trajectories of a prompt (k and G)."""
+    """Candidates of a state, or trajectories or samples of a prompt (k and G)."""
     steps: Positive = 10
     """Steps of a rollout and of an evaluation's plain sampling."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
@@ -330,9 +333,37 @@ class Grpo(Common, Drawing):
     noise_weight: bool = True
     """Weigh each step by its noise, as TempFlow-GRPO does: late steps, whose ratios are steepest, count less."""
     kl_beta: Rate = 0.0
-    """Weight of the KL to the reference, which is the generator without its LoRA."""
+    """Weight of the KL to the reference, which is the generator without its LoRA. Of nft and direct it is the squared difference of
+    velocities."""
     kl_form: Literal["exact", "no-dt", "mse"] = "exact"
     """Form of that KL."""
+    diversity_bonus: Rate = 0.0
+    """Reward for each unit of a candidate's mean distance (latents, root mean square) to the rest of its group; not of direct."""
+    refresh_every: NonNegative = 0
+    """Updates after which the heads of the reward models learn from fresh samples of the policy; 0 is never."""
+    refresh_by: str = ""
+    """The trusted scorer that labels those samples."""
+    refresh_prompts: Positive = 16
+    """Prompts of a refresh, over all processes."""
+    refresh_samples: Annotated[int, Field(ge=2)] = 4
+    """Samples a prompt, compared with each other."""
+    refresh_steps: Positive = 50
+    """Training steps of a refresh."""
+    refresh_lr: Rate = 3e-4
+    """Their learning rate."""
+    nft_levels: Positive = 4
+    """Noise levels within the window that nft learns from at each sample, drawn anew each update."""
+    nft_beta: Annotated[float, Field(gt=0)] = 1.0
+    """How far nft's positive and negative velocities lie from the old policy's: beta of DiffusionNFT."""
+    old_decay: Share = 0.5
+    """Share of itself that nft's old policy keeps at an update, at most."""
+    old_decay_rate: Rate = 0.001
+    """What that share grows by at each update, from 0."""
+    direct_form: Literal["draft", "refl"] = "draft"
+    """draft: the gradient of direct goes through the last steps. refl: through one prediction at a step drawn at random within the
+    window."""
+    direct_steps: Positive = 1
+    """Last steps that the gradient of draft goes through (K of DRaFT-K)."""
     train: Literal["lora", "full"] = "lora"
     """What of the transformer learns. full saves a whole pipeline folder, generator/, in place of lora/."""
     lora_targets: list[str] | None = None

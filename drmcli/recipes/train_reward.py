@@ -7,7 +7,6 @@ split into micro-batches, or another number of processes sees the same pairs, no
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,30 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    LoggerType,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drmcli.config import TrainReward, to_dict
+from drmcli.config import TrainReward
 from drmcli.data import cache
 from drmcli.data.preferences import Preferences
-from drmcli.errors import InputError, MissingError, RunError
+from drmcli.errors import InputError, RunError
 from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
-from drmcli.generator import DTYPES, pick_device, pick_dtype, use_attention
+from drmcli.generator import pick_device, pick_dtype, use_attention
 from drmcli.losses import bradley_terry, thurstone
 from drmcli.measure.protocols import Pairs, accuracy
 from drmcli.memory import plan_training, store_frozen_in
 from drmcli.recipes.initial import learns, make_model
+from drmcli.recipes.launch import agreed, share_folder, start_accelerator
 from drmcli.recipes.pairs import (
     EncodedPairs,
     LazyGenerator,
@@ -63,7 +56,6 @@ from drmcli.run import (
     Run,
     atomic_folder,
     checkpoint_folder,
-    default_folder,
     guarded,
     latest_checkpoint,
     open_run,
@@ -117,35 +109,6 @@ def make_accelerator(config: TrainReward) -> Accelerator:
     accelerator = start_accelerator(config, rounds=micro_batches(config, 1)[0])
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
     return accelerator
-
-
-def start_accelerator(config: Any, *, rounds: int) -> Accelerator:
-    """accelerate decides on processes, devices, precision, sharding and trackers."""
-    device = pick_device(config.device)
-    if device.type == "cuda" and device.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    precision = {v: k for k, v in DTYPES.items()}[pick_dtype(config.dtype, device)]
-    for name in config.track:
-        if name not in {str(t.value) for t in LoggerType}:
-            raise InputError(
-                f"--track {name}: there is no such tracker", hint="use tensorboard, wandb, comet_ml, mlflow, ..."
-            )
-        if not any(str(t) == name or getattr(t, "value", None) == name for t in get_available_trackers()):
-            raise MissingError(f"--track {name}: not installed", hint="pip install 'drmcli[track]'")
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=rounds, sync_with_dataloader=False),
-        log_with=config.track or None,
-        project_dir=config.out or "runs",
-    )
-
-
-def share_folder(command: str, config: Any, accelerator: Accelerator) -> None:
-    """Without --out, every process must name the folder that the main one chose."""
-    if accelerator.num_processes > 1 and config.out is None:
-        chosen = [str(default_folder(command, to_dict(config), config.resume and not config.overwrite))]
-        config.out = broadcast_object_list(chosen)[0]
 
 
 def micro_batches(config: TrainReward, processes: int) -> tuple[int, int]:
@@ -488,18 +451,11 @@ class Trainer:
             self.folder.reporter.progress("train", self.step, config.steps, **shown)
         if config.eval_every and self.step % config.eval_every == 0 and not last:
             self._evaluate_and_note()
-        stop = self._anyone(interruptions.asked)
+        (stop,) = agreed(self.accelerator, interruptions.asked)
         if stop or (config.save_every and self.step % config.save_every == 0) or last:
             self.save()
         if stop and not last:
             raise interruptions.stop(f"step {self.step} of {config.steps} is saved in {self.folder.folder}")
-
-    def _anyone(self, asked: bool) -> bool:
-        """Did any process get the signal? All of them must stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor([float(asked)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

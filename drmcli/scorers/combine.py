@@ -136,8 +136,8 @@ class Rewards:
             for i, (ref, weight) in enumerate(refs)
         ]
         self.states = [t.scorer for t in self.terms if isinstance(t.scorer, StateScorer)]
-        self.rng = torch.Generator().manual_seed(seed)
-        """Of the noise ensemble."""
+        self.seed = seed
+        """Of the noise ensemble. Its noise is one for all states: candidates are compared under the same, in any batch and process."""
 
     @property
     def needs_pictures(self) -> bool:
@@ -197,5 +197,6 @@ class Rewards:
         if self.draws == 1:
             return [scorer.score(x, sigma, cond)]
         higher = min(sigma + RENOISE, (1 + sigma) / 2)
-        noise = torch.randn((self.draws, *x.shape), generator=self.rng).to(x.device)
-        return [scorer.score(renoise(x, sigma, higher, z), higher, cond) for z in noise]
+        rng = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn((self.draws, *x.shape[1:]), generator=rng).to(x.device)
+        return [scorer.score(renoise(x, sigma, higher, z.expand_as(x)), higher, cond) for z in noise]

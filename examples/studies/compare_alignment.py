@@ -1,12 +1,19 @@
-"""Step-wise GRPO against its baselines, each at its own best learning rate, on the embedded world.
+"""Every algorithm of `drm grpo`, each at its own best learning rate, on the embedded world.
 
-    python examples/studies/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1]
+    python examples/studies/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1] [--ways step-grpo direct ...] [--rates
+    1e-3 ...]
+
+Step-wise GRPO, TempFlow-GRPO and Flow-GRPO, DiffusionNFT with terminal and with step-wise rewards, and direct gradients of the reward;
+two of
+them also without the KL, to see what it costs.
 
 Every algorithm is run with seed 0 at the same learning rates for the same training time; the best rate by the judge on validation
 prompts is then run with the other seeds. Printed: the judge on test prompts, which chose nothing, before and after; the best level
 on validation prompts and when it was reached; the seconds until the level that Flow-GRPO has after half of its time. Training
-seconds are those of rollouts and updates alone. Runs are kept in the folder and go on where they stopped. Writes alignment.parquet
-and curves.png.
+seconds are those of drawing and learning alone. Diversity is the mean distance of two pictures of a test prompt, as a share of the
+start's, of
+all pictures and of those that the judge finds flawless (0.9 and above). Runs are kept in the folder and go on where they stopped. Writes
+alignment.parquet and curves.png. Small and quick: --minutes 0.2 --seeds 1 --rates 2e-3 --set eval_prompts=4.
 """
 
 from __future__ import annotations
@@ -44,18 +51,26 @@ WAYS: dict[str, list[str]] = {
         "noise_weight=false",
     ],
     "tempflow": ["--algorithm", "tempflow", "--set", "eval_every=2"],
+    "nft": ["--algorithm", "nft", "--set", "eval_every=2", "--set", "nft_levels=2"],
+    "nft-step": ["--algorithm", "nft-step", "--set", "eval_every=2", "--set", "nft_levels=2"],
+    "direct": ["--algorithm", "direct", "--set", "direct_steps=2"],
+    "direct, refl": ["--algorithm", "direct", "--set", "direct_form=refl"],
+    "step-grpo, no KL": ["--kl-beta", "0"],
+    "direct, no KL": ["--algorithm", "direct", "--set", "direct_steps=2", "--kl-beta", "0"],
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 FOREVER = 100_000
 
 
-def run(folder: Path, way: str, options: list[str], rate: float, seed: int, minutes: float) -> dict:
+def run(folder: Path, way: str, options: list[str], rate: float, seed: int, args: argparse.Namespace) -> dict:
     """One run of `drm grpo`, or what it left when it was run before."""
     out = folder / f"{way.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     if not (out / "summary.json").exists():
         command = [sys.executable, "-m", "drmcli", "grpo", "--out", str(out), "--seed", str(seed), "--lr", str(rate), "--quiet",
-                   "--updates", str(FOREVER), "--max-time", str(minutes), "--on-hacking", "warn", *options]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                   "--updates", str(args.updates), "--max-time", str(args.minutes), "--on-hacking", "warn", *options]  # fmt: skip
+        for item in args.set:
+            command += ["--set", item]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -81,91 +96,127 @@ def at_time(summary: dict, seconds: float) -> float:
     return float(np.interp(seconds, *curve(summary)))
 
 
+def ratio(summary: dict, name: str) -> float:
+    """A figure after training as a share of the one before; NaN where one of them could not be had."""
+    before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+    return float("nan") if before is None or after is None else after / before
+
+
+def row_of(way: str, rate: float, seed: int, summary: dict) -> dict:
+    """One run as a row of alignment.parquet."""
+    seconds, judge = curve(summary)
+    top, history = int(judge.argmax()), summary["history"]
+    return {
+        "way": way, "lr": rate, "seed": seed, "updates": summary["updates"], "start": judge[0], "best": judge[top],
+        "best_seconds": seconds[top], "last": judge[-1], "reward_start": history[0]["reward"],
+        "reward_last": history[-1]["reward"], "test_before": summary["judge_before"], "test_after": summary["judge_after"],
+        "diversity": ratio(summary, "diversity"), "diversity_flawless": ratio(summary, "diversity_flawless"),
+        "seconds": seconds[-1],
+    }  # fmt: skip
+
+
+def table_of(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    """Names to the left, figures to the right."""
+    table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def rates_table(frame: pd.DataFrame) -> Table:
+    """Every way at every rate."""
+    rows = [
+        [
+            r.way, f"{r.lr:g}", str(r.updates), f"{r.start:.3f}", f"{r.best:.3f}", f"{r.best_seconds:.0f}", f"{r.last:.3f}",
+            f"{r.reward_start:+.2f}", f"{r.reward_last:+.2f}",
+        ]
+        for r in frame[frame["seed"] == 0].itertuples()
+    ]  # fmt: skip
+    columns = ("", "lr", "updates", "judge at the start", "best", "at s", "last", "reward, start", "last")
+    return table_of("learning rates, seed 0", columns, rows)
+
+
+def seeds_table(frame: pd.DataFrame, best: dict[str, float], times: dict[str, list[float]], seeds: int) -> Table:
+    """Every way at its best rate, with all seeds."""
+    rows = []
+    for way, rate in best.items():
+        some = frame[(frame["way"] == way) & (frame["lr"] == rate)]
+        cells = [way, f"{rate:g}"]
+        for key, form in (("best", ".3f"), ("test_before", ".3f"), ("test_after", ".3f"), ("diversity", ".2f"),
+                          ("diversity_flawless", ".2f")):  # fmt: skip
+            each = ", ".join(format(v, form) for v in some[key])
+            cells.append(f"{some[key].mean():{form}} ({each})")
+        rows.append([*cells, ", ".join(f"{t:.0f}" for t in times.get(way, []))])
+    columns = (
+        "",
+        "lr",
+        "best judge, val",
+        "judge, test before",
+        "test after",
+        "diversity",
+        "of the flawless",
+        "s to that level",
+    )
+    return table_of(f"best learning rate, {seeds} seeds: mean (each)", columns, rows)
+
+
+def plot(path: Path, curves: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    """The judge by training seconds; one colour a way, one line a seed."""
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for i, (label, lines) in enumerate(curves.items()):
+        for j, (seconds, judge) in enumerate(lines):
+            axes.plot(seconds, judge, color=f"C{i % 10}", lw=1.5, alpha=0.8, label=None if j else label)
+    axes.set(xlabel="training seconds", ylabel="judge, validation prompts")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare-alignment"))
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of a run, evaluations included")
+    parser.add_argument("--updates", type=int, default=FOREVER, help="end a run after so many updates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rates", nargs="*", type=float, default=list(RATES))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    ways = {name: WAYS[name] for name in args.ways}
 
     def one(job: tuple[str, float, int]) -> dict:
         way, rate, seed = job
-        return run(args.folder, way, ways[way], rate, seed, args.minutes)
+        return run(args.folder, way, WAYS[way], rate, seed, args)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        sweep = [(way, rate, 0) for way in ways for rate in args.rates]
+        sweep = [(way, rate, 0) for way in args.ways for rate in args.rates]
         found = dict(zip(sweep, pool.map(one, sweep)))
-        best = {way: max(args.rates, key=lambda r: curve(found[way, r, 0])[1].max()) for way in ways}
-        rest = [(way, best[way], seed) for way in ways for seed in range(1, args.seeds)]
+        best = {way: max(args.rates, key=lambda r: curve(found[way, r, 0])[1].max()) for way in args.ways}
+        rest = [(way, best[way], seed) for way in args.ways for seed in range(1, args.seeds)]
         found |= dict(zip(rest, pool.map(one, rest)))
 
-    console = Console(width=150)
-    table = Table(title="learning rates, seed 0", box=None, header_style="bold", pad_edge=False, title_justify="left")
-    for i, name in enumerate(
-        ("", "lr", "updates", "judge at the start", "best", "at s", "last", "reward, start", "last")
-    ):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    rows = []
-    for (way, rate, seed), summary in found.items():
-        seconds, judge = curve(summary)
-        top, history = int(judge.argmax()), summary["history"]
-        rows.append(
-            {"way": way, "lr": rate, "seed": seed, "updates": summary["updates"], "start": judge[0], "best": judge[top],
-             "best_seconds": seconds[top], "last": judge[-1], "reward_start": history[0]["reward"],
-             "reward_last": history[-1]["reward"], "test_before": summary["judge_before"], "test_after": summary["judge_after"],
-             "diversity": summary["diversity_after"] / summary["diversity_before"], "seconds": seconds[-1]}
-        )  # fmt: skip
-        if seed == 0:
-            r = rows[-1]
-            table.add_row(
-                way, f"{rate:g}", str(r["updates"]), f"{r['start']:.3f}", f"{r['best']:.3f}", f"{r['best_seconds']:.0f}",
-                f"{r['last']:.3f}", f"{r['reward_start']:+.2f}", f"{r['reward_last']:+.2f}",
-            )  # fmt: skip
-    console.print(table)
-    frame = pd.DataFrame(rows)
+    console = Console(width=170)
+    frame = pd.DataFrame([row_of(*job, summary) for job, summary in found.items()])
     frame.to_parquet(args.folder / "alignment.parquet")
-
-    seeds = range(args.seeds)
-    level = half = None
-    if "flow-grpo" in ways:
-        rival = max((w for w in ways if w.startswith("flow-grpo")), key=lambda w: curve(found[w, best[w], 0])[1].max())
-        flows = [found[rival, best[rival], s] for s in seeds]
-        half = float(np.mean([curve(f)[0][-1] / 2 for f in flows]))
-        level = float(np.mean([at_time(f, half) for f in flows]))
-        console.print(f"\n{rival} at half of its time ({half:.0f} s): judge {level:.3f}, mean of {len(seeds)} seeds")
-    table = Table(title=f"best learning rate, {len(seeds)} seeds: mean (each)", box=None, header_style="bold",
-                  pad_edge=False, title_justify="left")  # fmt: skip
-    for i, name in enumerate(
-        ("", "lr", "best judge, val", "judge, test before", "test after", "diversity", "seconds to that level")
-    ):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for way in ways:
-        some = frame[(frame["way"] == way) & (frame["lr"] == best[way])]
-        cells = [way, f"{best[way]:g}"]
-        for key, form in (("best", ".3f"), ("test_before", ".3f"), ("test_after", ".3f"), ("diversity", ".2f")):
-            each = ", ".join(format(v, form) for v in some[key])
-            cells.append(f"{some[key].mean():{form}} ({each})")
-        times = [reached(found[way, best[way], s], level) for s in seeds] if level is not None else []
-        cells.append(", ".join(f"{t:.0f}" for t in times))
-        table.add_row(*cells)
-    console.print(table)
-
-    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    for way, color in zip(ways, ("#c8553d", "#2f5d8a", "#7fb0dd", "#5a8f5a")):
-        for seed in seeds:
-            seconds, judge = curve(found[way, best[way], seed])
-            label = f"{way}, lr {best[way]:g}" if seed == 0 else None
-            axes.plot(seconds, judge, color=color, lw=1.5, alpha=0.8, label=label)
-    axes.set(xlabel="training seconds", ylabel="judge, validation prompts")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(args.folder / "curves.png")
+    console.print(rates_table(frame))
+    chosen = {way: [found[way, best[way], seed] for seed in range(args.seeds)] for way in args.ways}
+    flows = [way for way in args.ways if way.startswith("flow-grpo")]
+    times: dict[str, list[float]] = {}
+    if flows:
+        rival = max(flows, key=lambda way: curve(chosen[way][0])[1].max())
+        half = float(np.mean([curve(s)[0][-1] / 2 for s in chosen[rival]]))
+        level = float(np.mean([at_time(s, half) for s in chosen[rival]]))
+        times = {way: [reached(s, level) for s in summaries] for way, summaries in chosen.items()}
+        console.print(f"\n{rival} at half of its time ({half:.0f} s): judge {level:.3f}, mean of {args.seeds} seeds")
+    console.print(seeds_table(frame, best, times, args.seeds))
+    plot(
+        args.folder / "curves.png",
+        {f"{way}, lr {best[way]:g}": [curve(s) for s in some] for way, some in chosen.items()},
+    )
     console.print(f"{args.folder}")
 
 

@@ -26,6 +26,8 @@ from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
 from drmcli.generator import Generator
 from drmcli.recipes import bench, grpo, train_reward
+from drmcli.recipes.alignment import Alignment, assemble
+from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.pairs import LazyGenerator, encode_pairs, first_pairs, load_preferences
 from drmcli.results import read
 from drmcli.reward import RewardModel
@@ -183,15 +185,14 @@ def update_ratio(folder: Path, repeats: int = 5) -> None:
     for k in (6, 12):
         config = resolve("grpo", flags={"out": str(folder / f"grpo-{k}"), "group_size": k})
         with open_run("grpo", config, Silent()) as run:
-            aligner = grpo.Aligner(config, train_reward.start_accelerator(config, rounds=1), run)
+            aligner = assemble(config, start_accelerator(config, rounds=1), run)
             whole, bare, rewards = [], [], []
-            for _ in range(repeats):
+            for update in range(repeats):
                 started = time.perf_counter()
-                rollouts, _, cond = aligner.collect()
-                aligner.learn(rollouts, cond)
+                drawn = aligner.algorithm.draw(aligner.pick(update)[1], update)
+                grpo.learn(aligner, drawn, update)
                 whole.append(time.perf_counter() - started)
-                aligner.update += 1
-                seconds, of_rewards = bare_update(aligner, rollouts, cond)
+                seconds, of_rewards = bare_update(aligner, drawn.rollouts, drawn.prompts.cond)
                 bare.append(seconds)
                 rewards.append(of_rewards)
         times[k] = statistics.median(whole), statistics.median(bare), statistics.median(rewards)
@@ -205,9 +206,9 @@ def update_ratio(folder: Path, repeats: int = 5) -> None:
     )
 
 
-def bare_update(aligner: grpo.Aligner, rollouts: Rollouts, cond: Conditioning) -> tuple[float, float]:
+def bare_update(aligner: Alignment, rollouts: Rollouts, cond: Conditioning) -> tuple[float, float]:
     """Seconds of an update's passes on the same states, and of its reward passes among them."""
-    config, generator, reward = aligner.config, aligner.generator, aligner.rewards.models[0]
+    config, generator, reward = aligner.config, aligner.policy.generator, aligner.rewards.models[0]
     first, started, of_rewards = rollouts.visits[0], time.perf_counter(), 0.0
     with torch.no_grad():
         for _ in range(config.steps):
@@ -221,10 +222,10 @@ def bare_update(aligner: grpo.Aligner, rollouts: Rollouts, cond: Conditioning) -
     for visit in rollouts.visits:
         for part in torch.arange(len(visit.states)).split(config.micro_batch_size):
             if config.kl_beta:
-                with torch.no_grad(), aligner.before_training():
+                with torch.no_grad(), aligner.policy.reference_policy():
                     generator.velocity(visit.states[part], visit.sigma, cond[part])
             loss = generator.velocity(visit.states[part], visit.sigma, cond[part]).square().mean()
-            torch.autograd.grad(loss, aligner.trained)
+            torch.autograd.grad(loss, aligner.policy.trained)
     return time.perf_counter() - started, of_rewards
 
 

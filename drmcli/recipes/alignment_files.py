@@ -1,0 +1,127 @@
+"""What an alignment leaves on disk beside its checkpoints: the policy with a card, rows of its tables, pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+
+from drmcli.algorithms import Scored
+from drmcli.config import Grpo
+from drmcli.data.preferences import text_id
+from drmcli.evaluation import Evaluation
+from drmcli.plots import reward_and_judge
+from drmcli.recipes.alignment import Alignment, State
+from drmcli.run import Run, atomic_folder, guarded
+
+
+def product(config: Grpo) -> str:
+    """Folder of the best policy; the last one has -last in its name."""
+    return "lora" if config.train == "lora" else "generator"
+
+
+def best_folder(a: Alignment) -> Path:
+    """Where the best policy is kept while the run goes on: a LoRA where it belongs, of a whole transformer the weights alone."""
+    return a.run.folder / (product(a.config) if a.config.train == "lora" else "best")
+
+
+def save_best(a: Alignment, update: int) -> None:
+    """Keep the policy as the best so far, as small as it can be."""
+    if a.main:
+        with atomic_folder(best_folder(a)) as part:
+            a.policy.save_weights(part)
+            write_card(part, a.config, update, type(a.policy.generator.pipe).__name__)
+
+
+def save_product(a: Alignment, target: Path, update: int) -> None:
+    """The policy as plain diffusers loads it, with a card: a LoRA, or a whole pipeline."""
+    if a.main:
+        with atomic_folder(target) as part:
+            a.policy.save_pipeline(part)
+            write_card(part, a.config, update, type(a.policy.generator.pipe).__name__)
+
+
+def write_card(folder: Path, config: Grpo, update: int, pipeline: str) -> None:
+    """README.md of a saved policy."""
+    if config.train == "lora":
+        use = f"pipe = {pipeline}.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)"
+        what = f"A LoRA of rank {config.lora_rank}, alpha {config.lora_alpha}"
+    elif (folder / "model_index.json").exists():
+        use, what = f"pipe = {pipeline}.from_pretrained(THIS_FOLDER)", "A whole pipeline"
+    else:
+        use = f"pipe = {pipeline}.from_pretrained(BASE)  # and its denoiser from this folder"
+        what = "The transformer of a pipeline"
+    (folder / "README.md").write_text(
+        f"---\nlibrary_name: diffusers\ntags: [{config.train}, text-to-image]\n---\n\n# Aligned by `drm grpo`\n\n"
+        f"{what}: {config.algorithm}, update {update}, base `{config.generator}`, reward `{config.reward}`.\n\n"
+        f"```python\n{use}\n```\n\nThe licence of the base model applies.\n"
+    )
+
+
+def record(
+    a: Alignment, state: State, texts: list[str], scored: list[Scored], row: dict[str, float], seconds: float
+) -> None:
+    """A row of metrics, and every reward of the update. All processes call it; the main one writes what all of them drew."""
+    found = a.share.gather(torch.stack([s.columns() for s in scored], 1)).cpu()  # [P, steps, K, 5]
+    if not a.main:
+        return
+    rewards = found[..., 0]
+    shown = row | {
+        "reward_mean": float(rewards.mean()),
+        "group_std": float(rewards.std(-1).mean()),
+        "skipped_groups": float(1 - found[..., 0, 4].mean()),
+        "seconds": seconds,
+    }
+    a.tables.metrics.add(update=state.update, lr=a.optimizer.param_groups[0]["lr"], **shown)
+    a.accelerator.log(shown, step=state.update)
+    for j, step in enumerate(scored):
+        for i, text in enumerate(texts):
+            for c, (reward, advantage, log_prob, kept, _) in enumerate(found[i, j].tolist()):
+                a.tables.rollouts.add(
+                    update=state.update, prompt_id=text_id(text), prompt=text, group=i, step=step.step, sigma=step.sigma,
+                    sigma_next=step.sigma_next, candidate=c, score=reward, kept=kept > 0,
+                    advantage=None if advantage != advantage else advantage, log_prob=None if log_prob != log_prob else log_prob,
+                )  # fmt: skip
+    judge = {"judge": state.history[-1]["judge"]} if a.judge else {}
+    a.run.reporter.progress(
+        "align",
+        state.update,
+        a.config.updates,
+        reward=shown["reward_mean"],
+        **judge,
+        spread=shown["group_std"],
+        ratio=shown["ratio"],
+        clipped=shown["clip_fraction"],
+        kl=shown["kl"],
+        **{"images/s": rewards.numel() / max(seconds, 1e-9)},
+    )
+
+
+def picture_grid(run: Run, images: list[Image.Image], update: int) -> None:
+    """samples/step-N/grid.png: the first 32 pictures of an evaluation."""
+    tiles = [
+        i.resize((96, 96), Image.Resampling.NEAREST if i.width < 96 else Image.Resampling.LANCZOS) for i in images[:32]
+    ]
+    with guarded(run.folder):
+        make_image_grid(
+            tiles[: len(tiles) // 8 * 8] or tiles, max(1, len(tiles) // 8), min(8, len(tiles))
+        ).save(run.path("samples", f"step-{update:06d}", "grid.png"))  # fmt: skip
+
+
+def before_and_after(run: Run, before: Evaluation, after: Evaluation, seeds: int) -> None:
+    """before_after.png: test pictures before, and under them after."""
+    count = min(8, len(before.images) // seeds)
+    tiles = [e.images[i * seeds] for e in (before, after) for i in range(count)]
+    small = tiles[0].width < 128
+    tiles = [t.resize((128, 128), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS) for t in tiles]
+    tiles = [ImageOps.expand(t, border=2, fill="#c8ccd0") for t in tiles]
+    make_image_grid(tiles, 2, len(tiles) // 2).save(run.path("before_after.png"))
+
+
+def curve(run: Run, history: list[dict[str, Any]]) -> None:
+    """curve.png: reward and judge by update."""
+    rows = [row | {"judge": float("nan") if row["judge"] is None else row["judge"]} for row in history]
+    reward_and_judge(run.folder / "curve.png", rows, title=run.folder.name)

@@ -1,4 +1,4 @@
-"""`drm data list|get|check|make`."""
+"""`drm data list|get|check|make|label`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from drmcli.cli import data_make
+from drmcli.cli import data_label, data_make
 from drmcli.cli import options as o
 
 app = typer.Typer(no_args_is_help=True, help="Datasets of human preferences.")
 
 
 app.command("make")(data_make.make)
+app.command("label")(data_label.label)
 
 
 @app.command("list")

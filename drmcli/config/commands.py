@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drmcli.config.making import DataMake
+from drmcli.config.making import DataLabel, DataMake
 from drmcli.config.reproducing import Reproduce
 from drmcli.config.schema import Bench, Demo, Grpo, Sample, Score, TrainReward
 from drmcli.config.serving import Serve
@@ -16,6 +16,7 @@ COMMANDS: dict[str, type] = {
     "demo": Demo,
     "serve": Serve,
     "data-make": DataMake,
+    "data-label": DataLabel,
     "reproduce": Reproduce,
 }
 SINGULAR = {

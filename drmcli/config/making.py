@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from drmcli.config.schema import Common, Drawing, Positive, Rate, strict
+from drmcli.config.schema import Common, Drawing, NonNegative, Positive, Rate, strict
 
 
 @dataclass(config=strict, kw_only=True)
@@ -44,3 +44,25 @@ class DataMake(Common, Drawing):
     """Score gap, in the same spreads, under which a pair is a tie."""
     weight_by_gap: bool = False
     """Let a pair count by how decided it is, |2p - 1|, on average 1; else each counts 1."""
+
+
+@dataclass(config=strict, kw_only=True)
+class DataLabel:
+    """`drm data label`."""
+
+    folder: str = ""
+    """A folder that `drm data make` wrote."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another than this machine's own is reachable by whoever has the link."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8765
+    """Port to listen on; 0 takes a free one."""
+    active: str | None = None
+    """A reward model or scorer: pairs where it is least sure come first; None is a random order."""
+    limit: Positive | None = None
+    """Pairs to ask of each labeller; None is all."""
+    seed: NonNegative = 0
+    """Of the order and of the sides."""
+    device: str = "auto"
+    """Of --active: auto, cuda, cuda:1 or cpu."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of --active."""

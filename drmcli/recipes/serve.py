@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from drmcli.config.serving import Serve
-from drmcli.errors import InputError, Interrupted, MissingError
+from drmcli.errors import InputError, Interrupted
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.run import Reporter
 from drmcli.scorers import load_scorer
 from drmcli.scorers.drm import RewardScorer
+from drmcli.service.server import address, listen, need, serve
 
 GRACE = 30
 """Seconds that requests in flight have to end after a signal."""
@@ -28,7 +24,7 @@ GRACE = 30
 
 def run(config: Serve, reporter: Reporter, ready: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then raise Interrupted. `ready` is told the address once requests are taken."""
-    need("fastapi", "uvicorn", "multipart")
+    need("drm serve", "fastapi", "uvicorn", "python_multipart")
     listening = listen(config.host, config.port)
     with contextlib.closing(listening):
         served = load(config)
@@ -42,70 +38,6 @@ def run(config: Serve, reporter: Reporter, ready: Callable[[dict[str, Any]], Non
         serve(app, listening, lambda: ready({"url": url, "scorers": names}), grace=GRACE)
     answered = sum(n for (path, code), n in app.state.metrics.requests.items() if path.startswith("/score"))
     raise Interrupted(f"interrupted: {answered} requests were answered", hint="run the same command again to serve on")
-
-
-def need(*modules: str) -> None:
-    """Raises MissingError unless the packages of the extra `serve` are there."""
-    from importlib.util import find_spec
-
-    for name in modules:
-        if find_spec(name) is None:
-            raise MissingError(f"drm serve: the package {name} is missing", hint="pip install 'drmcli[serve]'")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises InputError for an address or a port that cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            hint = "use 127.0.0.1 or 0.0.0.0"
-            raise InputError(f"--host {host}: not an address of this machine", hint=hint) from None
-        hint = "choose another --port, or 0 for a free one"
-        raise InputError(f"--port {port}: {os.strerror(error.errno or 0)} on {host}", hint=hint) from None
-
-
-def address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def serve(app: Any, listening: socket.socket, ready: Callable[[], None], *, grace: int) -> None:
-    """Run the application until SIGINT or SIGTERM; requests in flight are answered first. A second Ctrl-C ends at once."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if not self.should_exit:
-                ready()
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:  # uvicorn's own would raise the signal again at the end
-            yield
-
-    server = Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=grace, server_header=False
-        )
-    )
-
-    def stop(number: int, frame: Any) -> None:
-        if server.should_exit:
-            raise KeyboardInterrupt
-        server.should_exit = True
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    app.state.stop = lambda: setattr(server, "should_exit", True)
-    try:
-        server.run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------

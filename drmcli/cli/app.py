@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import typer
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 
 from drmcli import __version__, signals
 from drmcli.cli import bench, config, data, demo, doctor, grpo, reproduce, sample, score, serve, show, train_reward
+from drmcli.cli.options import Command
 from drmcli.errors import DrmError, Interrupted
 from drmcli.files import ROOM, disk_is_full
 
@@ -32,28 +34,41 @@ class _Carried(Exception):
     """Holds, as its cause, an error that Typer would not let through."""
 
 
-app = typer.Typer(
-    cls=Group,
-    name="drm",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Diffusion-based reward models: train them, measure them, use them.\n\n"
-    "Everything works at once on a tiny embedded model, with no download and no GPU: try [bold]drm demo[/].",
-)
 START, MEASURE, USE, INSPECT = "Start", "Train and measure", "Use", "Look around"
-app.command("demo", rich_help_panel=START)(demo.demo)
-app.command("train-reward", rich_help_panel=MEASURE)(train_reward.train_reward)
-app.command("bench", rich_help_panel=MEASURE)(bench.bench)
-app.command("reproduce", rich_help_panel=MEASURE)(reproduce.reproduce)
-app.command("score", rich_help_panel=MEASURE)(score.score)
-app.command("sample", rich_help_panel=USE)(sample.sample)
-app.command("grpo", rich_help_panel=USE)(grpo.grpo)
-app.command("serve", rich_help_panel=USE)(serve.serve)
-app.command("show", rich_help_panel=INSPECT)(show.show)
-app.add_typer(data.app, name="data", rich_help_panel=INSPECT)
-app.add_typer(config.app, name="config", rich_help_panel=INSPECT)
-app.command("doctor", rich_help_panel=INSPECT)(doctor.doctor)
+
+
+def make_app(words: Collection[str], *, everything: bool = False) -> typer.Typer:
+    """All commands; those among `words` with their options, which take time to make. everything: also those that help leaves out."""
+    app = typer.Typer(
+        cls=Group,
+        name="drm",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Diffusion-based reward models: train them, measure them, use them.\n\n"
+        "Everything works at once on a tiny embedded model, with no download and no GPU: try [bold]drm demo[/].\n\n"
+        "A value is taken from the first that has it: flag, --set, --config, --preset, default.",
+    )
+    app.callback()(root)
+
+    def add(panel: str, command: Command | Callable[..., None], **options: Any) -> None:
+        name = (command.name if isinstance(command, Command) else command.__name__).replace("_", "-")
+        made = command.made(full=name in words, everything=everything) if isinstance(command, Command) else command
+        app.command(name, rich_help_panel=panel, **options)(made)
+
+    add(START, demo.demo)
+    add(MEASURE, train_reward.train_reward)
+    add(MEASURE, bench.bench)
+    add(MEASURE, reproduce.reproduce)
+    add(MEASURE, score.score, no_args_is_help=True)
+    add(USE, sample.sample)
+    add(USE, grpo.grpo)
+    add(USE, serve.serve)
+    add(INSPECT, show.show)
+    app.add_typer(data.group(full="data" in words, everything=everything), name="data", rich_help_panel=INSPECT)
+    app.add_typer(config.app, name="config", rich_help_panel=INSPECT)
+    add(INSPECT, doctor.doctor)
+    return app
 
 
 def _version(asked: bool) -> None:
@@ -62,7 +77,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def root(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
@@ -88,7 +102,11 @@ def invoke(argv: list[str]) -> int:
     with signals.watched():
         try:
             with contextlib.redirect_stdout(out):  # type: ignore[type-var]
-                code = app(argv, prog_name="drm", standalone_mode=False)
+                everything = "--help-all" in argv
+                words = [*argv, *os.environ.get("COMP_WORDS", "").split()]  # the second: the shell completes a line
+                app = make_app(words, everything=everything)
+                asked = ["--help" if everything and word == "--help-all" else word for word in argv]
+                code = app(asked, prog_name="drm", standalone_mode=False)
                 code = code if isinstance(code, int) else 0
                 if code == 130 and signals.came():  # before the command itself: Typer has made an exit code of it
                     raise Interrupted("interrupted", hint=signals.AGAIN)
@@ -126,6 +144,8 @@ def explain(error: BaseException) -> Told:
         return Told("", "", error.exit_code)
     if isinstance(error, typer.TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not message.strip():  # the help page was asked for by giving nothing
+            return Told("", "", 0)
         command = getattr(getattr(error, "ctx", None), "command_path", "drm")
         return Told(message, f"`{command} --help` lists what there is", 2)
     text = str(error).lower()

@@ -12,8 +12,13 @@ from drmcli.cli import options as o
 app = typer.Typer(no_args_is_help=True, help="Datasets of human preferences.")
 
 
-app.command("make")(data_make.make)
-app.command("label")(data_label.label)
+def group(*, full: bool, everything: bool) -> typer.Typer:
+    """All of `drm data`; `make` with its options, as `Command.made` has them."""
+    made = typer.Typer(no_args_is_help=True, help=app.info.help)
+    made.registered_commands = list(app.registered_commands)
+    made.command("label")(data_label.label)
+    made.command("make")(data_make.make.made(full=full, everything=everything))
+    return made
 
 
 @app.command("list")

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from drmcli.cli import options as o
 
 
-def demo(
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Run folder (default: runs/demo).", rich_help_panel=o.RUN)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each reward model.")] = None,
-    updates: Annotated[int | None, typer.Option(help="Updates of the alignment.")] = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
+@o.command("demo", "out steps updates seed device")
+def demo(**options: Any) -> None:
     """The whole story on the embedded world, in minutes, with a report at the end.
 
     [bold]Examples[/]
@@ -31,4 +17,4 @@ def demo(
 
       drm demo --out runs/look --steps 100
     """
-    o.execute("demo", locals())
+    o.execute("demo", options)

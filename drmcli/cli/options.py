@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
-MODEL, RUN, OUTPUT = "Models", "Run", "Output"
+from drmcli.cli.fields import ConfigField, fields_of, singular
+
+MODEL, RUN, OUTPUT = "Models", "Run", "Run"
 
 Preset = Annotated[str | None, typer.Option(help="Preset: tiny (default), sd35-medium, paper.", rich_help_panel=MODEL)]
 ConfigFile = Annotated[
@@ -57,7 +63,8 @@ Resume = Annotated[
 Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Empty the run folder first.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only the run folder's path on stdout.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=True, rich_help_panel=OUTPUT)]
+HelpAll = Annotated[bool, typer.Option("--help-all", help="Show every option there is.", rich_help_panel=OUTPUT)]
 MaxBad = Annotated[
     float | None, typer.Option(help="Percent of unreadable images above which the run stops (default: 1).")
 ]
@@ -65,7 +72,156 @@ AllowOutside = Annotated[
     bool | None, typer.Option("--allow-outside", help="Let a data file name images outside its folder.")
 ]
 
-NOT_CONFIG = {"preset", "config", "sets", "dry_run", "as_json", "quiet", "debug"}
+METAVARS = {
+    "label": "SCORER=WEIGHT|people", "only": "PART", "eval_prompts": "FILE",
+    "generator": "REF", "reward": "REF", "against": "REF", "detector": "REF", "color_model": "REF", "judge": "REF|none",
+    "scorers": "REF", "add_rewards": "REF=WEIGHT", "lora": "REF", "out": "DIR", "data_dir": "DIR", "cache_dir": "DIR",
+    "images": "DIR", "dataset": "NAME|PATH", "data": "NAME|PATH", "eval_data": "NAME|PATH", "prompts": "FILE", "preset": "NAME",
+    "branch_sigmas": "LO,HI", "window": "LO,HI", "branch_steps": "FIRST,LAST",
+}  # fmt: skip
+"""What stands for a value in help, where its type says too little."""
+COMMON = {
+    MODEL: "preset generator reward device dtype",
+    RUN: "out seed cache_dir overwrite",
+}
+MORE = "More, also as --set KEY=VALUE"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command whose options are the fields of its config."""
+
+    name: str
+    function: Callable[..., None]
+    panels: dict[str, str]
+    """Names of fields by the panel of the help page where they are listed; all others come with --help-all."""
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.function.__doc__
+
+    def made(self, *, full: bool = True, everything: bool = False) -> Callable[..., None]:
+        """The function for Typer. full: with its options, which cost time; everything: none of them hidden."""
+        own = dict(inspect.signature(self.function, eval_str=True).parameters)
+        rest = next((name for name, p in own.items() if p.kind is p.VAR_KEYWORD), None)
+        own.pop(rest or "", None)
+        taken = set(own) | {"prompts"} if "prompts_file" in own else set(own)  # --prompts is a file's name there
+        fields = {k: f for k, f in fields_of(self.name).items() if k not in taken} if full else {}
+        params = list(own.values())
+        for panel, names in (self.panels | COMMON).items():
+            for key in names.split():
+                if key in fields:
+                    params.append(self._option(fields.pop(key), panel, hidden=False, long=everything))
+        params += [self._option(f, MORE, hidden=not everything, long=True) for f in fields.values()]
+        if full:
+            params += [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+                for name, kind, default in SHARED
+                if name not in ("config", "sets") or "preset" in fields_of(self.name)
+            ]
+
+        def run(**given: Any) -> None:
+            for key, f in fields_of(self.name).items():
+                if f.many and f.kind in (int, float) and given.get(key) is not None:
+                    given[key] = numbers(given[key], self.flags(f)[0], f.kind)
+            self.function(**given)
+
+        run.__doc__, run.__name__ = self.function.__doc__, self.function.__name__
+        run.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in params}
+        return run
+
+    def flags(self, f: ConfigField) -> list[str]:
+        """Names on the command line: of a list that is filled by repeating, one of it too."""
+        names = [singular().get((self.name, f.name), f.name), f.name]
+        if f.name == "sigmas":
+            names.append("sigma")
+        return ["--" + name.replace("_", "-") for name in dict.fromkeys(names)]
+
+    def _option(self, f: ConfigField, panel: str, *, hidden: bool, long: bool) -> inspect.Parameter:
+        flags = self.flags(f)
+        many_numbers = f.many and f.kind in (int, float)
+        metavar = (METAVARS.get(f.name) if f.kind is str or many_numbers else None) or (
+            "N,N,..." if many_numbers else None
+        )
+        if f.kind is bool:
+            metavar = None
+            flags = [f"{flags[0]}/--no-{flags[0][2:]}"] if f.default else flags
+        kind: Any = str if many_numbers else f.kind
+        info = typer.Option(
+            *flags, help=f.long if long else f.short, metavar=metavar, hidden=hidden, rich_help_panel=panel, show_default=False,
+            autocompletion=completion(f),
+        )  # fmt: skip
+        annotation: Any = Annotated[Optional[list[kind] if f.many else kind], info]  # type: ignore[valid-type]  # noqa: UP045
+        return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def command(name: str, listed: str = "", **panels: str) -> Callable[[Callable[..., None]], Command]:
+    """Make a command of a function: its own parameters come first, then an option for every field of the command's config.
+
+    listed: fields of the first panel of the help page; panels: of further ones, by title. The function is called with its own
+    parameters, and with the rest as keywords, for `execute`.
+    """
+    return lambda function: Command(name, function, {"Options": listed} | panels)
+
+
+def numbers(texts: list[str], flag: str, kind: type) -> list[Any]:
+    """Numbers that were given by repeating a flag, with commas between, or both. Raises InputError naming the flag."""
+    from drmcli.errors import InputError
+
+    try:
+        return [kind(part) for text in texts for part in text.split(",")]
+    except ValueError:
+        example = "0.25,0.5" if kind is float else "0,1"
+        raise InputError(
+            f"{flag} {','.join(texts)}: not numbers with commas between", hint=f"for example {flag} {example}"
+        ) from None
+
+
+def completion(f: ConfigField) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a value."""
+    known: dict[str, Callable[[], list[str]]] = {
+        "preset": presets, "dataset": datasets, "data": datasets, "eval_data": datasets, "scorers": scorers, "against": scorers,
+        "judge": scorers, "add_rewards": scorers, "reward": lambda: scorers() + run_folders("*/reward"),
+        "lora": lambda: run_folders("*/lora"), "out": lambda: run_folders("*"),
+    }  # fmt: skip
+    values = known.get(f.name) or ((lambda: list(f.choices)) if f.choices else None)
+    return None if values is None else lambda incomplete: [v for v in values() if v.startswith(incomplete)]
+
+
+def presets() -> list[str]:
+    """Names of the presets."""
+    import drmcli
+
+    return sorted(p.stem for p in (Path(drmcli.__file__).parent / "config" / "presets").glob("*.yaml"))
+
+
+def datasets() -> list[str]:
+    """Names of datasets."""
+    from drmcli.data.datasets import DATASETS
+
+    return ["shapes", *DATASETS]
+
+
+def scorers() -> list[str]:
+    """Names of scorers."""
+    from drmcli.scorers import NAMES
+
+    return list(NAMES)
+
+
+def run_folders(pattern: str) -> list[str]:
+    """Folders under runs/, the newest first."""
+    found = [p for p in Path("runs").glob(pattern) if p.is_dir()]
+    return [str(p) for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
+
+
+SHARED: list[tuple[str, Any, Any]] = [
+    ("config", ConfigFile, None), ("sets", Sets, None), ("dry_run", DryRun, False), ("as_json", Json, False), ("quiet", Quiet, False),
+    ("debug", Debug, False), ("help_all", HelpAll, False),
+]  # fmt: skip
+"""Options of every command that are no fields."""
+NOT_CONFIG = {"help_all", "preset", "config", "sets", "dry_run", "as_json", "quiet", "debug"}
 
 
 def execute(command: str, options: dict[str, Any]) -> None:

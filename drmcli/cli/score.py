@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from drmcli.cli import options as o
 
 
+@o.command("score", "sigmas noise_samples batch_size")
 def score(
     images: Annotated[
         list[str] | None,
@@ -19,30 +20,7 @@ def score(
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line, one a picture.")
     ] = None,
-    sigmas: Annotated[
-        str | None,
-        typer.Option(
-            "--sigmas", metavar="S,S,...", help="Noise levels to score at, 0 clean to 1 pure noise (default: 0.25)."
-        ),
-    ] = None,
-    noise_samples: Annotated[int | None, typer.Option(help="Noise draws a score, averaged (default: 4).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures scored at once.")] = None,
-    preset: o.Preset = None,
-    reward: o.RewardRef = None,
-    resolution: o.Resolution = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    attention: o.Attention = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    out: o.Out = None,
-    seed: o.Seed = None,
-    dry_run: o.DryRun = False,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options: Any,
 ) -> None:
     """Score pictures, or saved latents, for a prompt.
 
@@ -54,10 +32,8 @@ def score(
 
       ls *.png | drm score - --prompts prompts.txt --json
     """
-    options = {k: v for k, v in locals().items() if k not in ("prompt", "prompts_file")}
     options["images"] = _paths(images)
     options["prompts"] = _prompts(prompt, prompts_file)
-    options["sigmas"] = _numbers(sigmas)
     o.execute("score", options)
 
 
@@ -84,16 +60,3 @@ def _prompts(prompt: str | None, file: str | None) -> list[str] | None:
             f"--prompts {file}: cannot be read: {error}", hint="give a text file with a prompt a line"
         ) from None
     return [line for line in lines if line.strip()]
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    from drmcli.errors import InputError
-
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"--sigmas {text}: not numbers with commas between", hint="for example --sigmas 0,0.25,0.5"
-        ) from None

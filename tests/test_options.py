@@ -1,0 +1,165 @@
+"""The command line is made from the configs' fields: nothing is said twice, help fits a screen, and old ways of writing still work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from drmcli import config as configs
+from drmcli.cli import fields, options
+from drmcli.errors import InputError
+
+PAGES = ["demo", "train-reward", "bench", "score", "sample", "grpo", "serve", "reproduce", "show", "doctor"]
+GROUPS = [
+    ["data", "list"],
+    ["data", "get"],
+    ["data", "check"],
+    ["data", "make"],
+    ["config", "list"],
+    ["config", "show"],
+    [],
+]
+
+
+@pytest.mark.parametrize("page", [[p] for p in PAGES] + GROUPS, ids=" ".join)
+def test_help_fits_a_screen(page: list[str], monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    result = drm(*page, "--help")
+    assert result.code == 0
+    lines = result.out.rstrip().splitlines()
+    assert len(lines) <= 60, len(lines)
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("command", configs.COMMANDS)
+def test_fields_are_read_as_pydantic_reads_them(command: str) -> None:
+    """What is taken from the text of the configs is what the configs are: names, lines, defaults, types."""
+    cls = configs.COMMANDS[command]
+    found = fields.fields_of(command)
+    assert set(found) == set(configs.field_names(cls))
+    about = configs.describe(cls)
+    made = cls.__pydantic_fields__
+    for name, field in found.items():
+        assert field.about == " ".join(about[name].split())
+        default = made[name].get_default(call_default_factory=True)
+        assert field.default == default or field.default is None
+        kinds = {bool: "bool", int: "int", float: "float", str: "str"}
+        text = str(made[name].annotation)
+        assert field.choices or kinds[field.kind] in text, (name, text)
+        assert field.many == ("list[" in text), (name, text)
+
+
+@pytest.mark.parametrize("command", list(configs.COMMANDS))
+def test_every_field_is_a_flag(command: str, monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    """--help-all lists all of them with their whole lines, bounds and defaults."""
+    monkeypatch.setenv("COLUMNS", "200")
+    words = command.split("-") if command == "data-make" else [command]
+    page = " ".join(drm(*words, "--help-all").out.replace("│", " ").split())
+    arguments = {("score", "images"), ("sample", "prompts"), ("data-make", "prompts")}
+    for field in fields.fields_of(command).values():
+        if (command, field.name) in arguments:
+            continue
+        assert f"--{field.name.replace('_', '-')}" in page or f"--{field.name.rstrip('s')}" in page, field.name
+    assert len(page) > len(" ".join(drm(*words, "--help").out.split()))
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, drm, *argv: object) -> dict:
+    """The config that a command line gives."""
+    found: dict = {}
+
+    def keep(command: str, given: dict) -> None:
+        flags = {k: v for k, v in given.items() if k not in options.NOT_CONFIG}
+        found.update(
+            configs.to_dict(configs.resolve(command, preset=given.get("preset"), sets=given.get("sets"), flags=flags))
+        )
+
+    monkeypatch.setattr(options, "execute", keep)
+    result = drm(*argv)
+    assert result.code == 0, result.err
+    return found
+
+
+@pytest.mark.parametrize("command", [["bench"], ["score", "a.png", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--sigma 0.1 --sigma 0.5",
+        "--sigmas 0.1,0.5",
+        "--sigma 0.1,0.5",
+        "--sigmas 0.1 --sigma 0.5",
+        "--sigmas 0.1 --sigmas 0.5",
+    ],
+)
+def test_noise_levels_are_written_as_one_likes(command: list[str], words: str, monkeypatch, drm) -> None:
+    assert resolved(monkeypatch, drm, *command, *words.split())["sigmas"] == [0.1, 0.5]
+
+
+CASES = {
+    "hidden": (["grpo", "--lora-rank", "8"], {"lora_rank": 8}),
+    "list": (["grpo", "--lora-targets", "attn.to_q", "--lora-targets", "attn.to_k"], {"lora_targets": ["attn.to_q", "attn.to_k"]}),
+    "pair": (["sample", "x", "--branch-sigmas", "0.2,1"], {"branch_sigmas": [0.2, 1.0]}),
+    "steps": (["sample", "x", "--branch-steps", "0,3"], {"branch_steps": [0, 3]}),
+    "window": (["grpo", "--window", "0.1,0.9"], {"window": [0.1, 0.9]}),
+    "off": (["train-reward", "--no-shared-noise", "--no-resume"], {"shared_noise": False, "resume": False}),
+    "on": (["sample", "x", "--trace"], {"trace": True}),
+    "stepwise": (["sample", "x", "--stepwise"], {"mode": "stepwise"}),
+    "singular": (["bench", "--scorer", "clip", "--scorers", "shapes"], {"scorers": ["clip", "shapes"]}),
+    "example": (["sample"], {"prompts": ["a large red circle above a small blue square"]}),
+    "flag over set": (["bench", "--set", "seed=1", "--seed", "2"], {"seed": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flags_fill_the_config(name: str, monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    argv, wanted = CASES[name]
+    found = resolved(monkeypatch, drm, *argv)
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("words", ["--sigma x", "--sigmas 0.1,", "--sigmas ,"])
+def test_no_numbers(words: str, drm) -> None:
+    result = drm("bench", *words.split())
+    assert result.code == 2
+    assert "not numbers with commas between" in result.err
+
+
+def test_nothing_is_useful(drm) -> None:
+    """Without arguments: help, and no empty error."""
+    for argv in ([], ["score"], ["data"], ["config"]):
+        result = drm(*argv)
+        assert (result.code, result.err) == (0, ""), argv
+        assert "Usage: drm" in result.out
+
+
+def test_values_are_completed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "a" / "lora").mkdir(parents=True)
+    known = fields.fields_of("sample") | fields.fields_of("bench")
+    offered = {
+        name: options.completion(known[name]) for name in ("preset", "mode", "dataset", "scorers", "lora", "out")
+    }
+    assert all(offered.values())
+    assert "tiny" in offered["preset"]("t")  # type: ignore[misc]
+    assert offered["mode"]("st") == ["stepwise"]  # type: ignore[misc]
+    assert "hpdv2" in offered["dataset"]("h")  # type: ignore[misc]
+    assert "pickscore" in offered["scorers"]("p")  # type: ignore[misc]
+    assert offered["lora"]("") == ["runs/a/lora"]  # type: ignore[misc]
+    assert offered["out"]("runs/") == ["runs/a"]  # type: ignore[misc]
+
+
+def test_the_shell_completes_a_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "drmcli"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "_DRM_COMPLETE": "complete_bash", "COMP_WORDS": "drm sample --mode b", "COMP_CWORD": "3"},
+    )
+    assert done.stdout.split() == ["best-of-n", "beam"], done.stderr
+    assert "torch" not in done.stderr
+
+
+def test_numbers_name_their_flag() -> None:
+    with pytest.raises(InputError, match="--window a: not numbers"):
+        options.numbers(["a"], "--window", float)

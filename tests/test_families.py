@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_z_image
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES, Tiny
@@ -18,6 +19,7 @@ from drmcli.generator import Generator
 from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
 
+PIPELINES = PIPELINES | {"z_image": tiny_z_image.TINY}
 PROMPTS = ["a red circle", "a large blue square at the top"]
 
 

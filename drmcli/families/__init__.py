@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z_image",
 }
 """The module of this folder for each pipeline class, as model_index.json names it. A module's family is its `FAMILY`."""
 

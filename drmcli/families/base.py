@@ -125,14 +125,20 @@ class Zeros(nn.Module):
 
 
 class Replay(nn.Module):
-    """Stands for a block whose output is known already."""
+    """Stands for a block whose output is known already: a tensor, or (text, image)."""
 
     def __init__(self, output: Any):
         super().__init__()
         self.output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
+        """The known output, with as many padded positions at the end as the prompts of this batch have."""
+        if isinstance(self.output, tuple):
+            text, image = self.output
+            given = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+            return (text if text is None else at_length(text, given.shape[1])), image
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return at_length(self.output, given.shape[1])
 
 
 @contextmanager
@@ -162,10 +168,18 @@ def rows_of(output: Any, index: Tensor) -> Any:
 
 
 def joined(outputs: Sequence[Any]) -> Any:
-    """What a block returned for several batches, one below the other."""
+    """What a block returned for several batches, one below the other. Padding is at the end; all get that of the longest."""
     if isinstance(outputs[0], tuple):
-        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs))
-    return torch.cat(list(outputs))
+        return tuple(None if parts[0] is None else joined(parts) for parts in zip(*outputs))
+    longest = max(part.shape[1] for part in outputs)
+    return torch.cat([at_length(part, longest) for part in outputs])
+
+
+def at_length(tokens: Tensor, length: int) -> Tensor:
+    """[B, T, D] with `length` positions: zeros behind the last one, or without those behind."""
+    if tokens.ndim != 3 or tokens.shape[1] == length:
+        return tokens
+    return tokens[:, :length] if tokens.shape[1] > length else F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
 
 
 class Family:
@@ -188,8 +202,8 @@ class Family:
     lora_targets: tuple[str, ...] = ()
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     """The lists of blocks in running order; blocks are counted over all of them."""
-    ends: tuple[str, str] = ("norm_out", "proj_out")
-    """Output norm and output projection."""
+    ends: tuple[str, ...] = ("norm_out", "proj_out")
+    """The output layers, which a reward model has stand-ins for."""
     text_outputs: tuple[str, ...] = ()
     """Parameters of a block that only lead to the text it hands on, by prefix: in the last kept block nothing reads them."""
     shares_blocks = True
@@ -317,6 +331,10 @@ class Family:
             blocks = getattr(model, name)
             setattr(model, name, blocks[:left])
             left = max(0, left - len(blocks))
+        self.stand_ins(model)
+
+    def stand_ins(self, model: nn.Module) -> None:
+        """Put stand-ins in the place of the output layers: here of an output norm and an output projection."""
         norm, projection = self.ends
         setattr(model, norm, Zeros(getattr(model, projection).out_features))
         setattr(model, projection, nn.Identity())

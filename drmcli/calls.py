@@ -20,8 +20,9 @@ from drmcli.generator import Generator
 class States(Protocol):
     """A reward of noisy states: a `RewardModel`, a `StateScorer`, or several as one (`scorers.combine.Combined`)."""
 
-    def score(self, latents: Tensor, sigma: float | Tensor, cond: Any, **more: Any) -> Tensor:
-        """[B] or, of several scorers, [B, R]."""
+    @property
+    def score(self) -> Callable[..., Tensor]:
+        """score(latents [B, C, H, W], sigma, cond) -> [B] or, of several scorers, [B, R]."""
 
 
 @dataclass

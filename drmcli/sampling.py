@@ -185,7 +185,7 @@ def sample(
     total = len(sigmas) - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = torch.arange(len(seeds))
-    start = min(range(1, total), key=lambda i: abs(float(sigmas[i]) - search.refine_sigma)) if search.refine else total
+    start = _nearest(sigmas, search.refine_sigma) if search.refine else total
     whole = total + search.refine * (total - start)
 
     def after(begun: int) -> Callable[[int], None]:
@@ -205,10 +205,7 @@ def sample(
     score, x, opinions = ends.gather(1, keep), _rows(x, keep.to(device)), _rows(opinions, keep.to(device))
 
     # Noise the best end again, sample anew from there, and keep what is better.
-    again = replace(
-        search, mode="stepwise" if search.refine_beams > 1 else "plain", step_rule=search.rule(), beams=search.refine_beams,
-        branch_sigmas=REFINE_BRANCH, branch_steps=None, share_first=False,
-    )  # fmt: skip
+    again = _refining(search)
     for turn in range(search.refine):
         noise = models.noise(rngs, 1, shape)
         level = float(sigmas[start])
@@ -222,6 +219,19 @@ def sample(
         score = ends.gather(1, keep)
         x, opinions = _rows(torch.cat([x, new], 1), keep.to(device)), _rows(both, keep.to(device))
     return Samples(x[:, 0], score[:, 0], found, models.calls)
+
+
+def _nearest(sigmas: Tensor, level: float) -> int:
+    """The step of a schedule that starts nearest to a noise level, neither at pure noise nor at the end."""
+    return min(range(1, len(sigmas) - 1), key=lambda i: abs(float(sigmas[i]) - level))
+
+
+def _refining(search: Search) -> Search:
+    """How one end is sampled anew."""
+    return replace(
+        search, mode="stepwise" if search.refine_beams > 1 else "plain", step_rule=search.rule(), beams=search.refine_beams,
+        branch_sigmas=REFINE_BRANCH, branch_steps=None, share_first=False,
+    )  # fmt: skip
 
 
 def descend(
@@ -389,6 +399,41 @@ Select = Callable[[Tensor, int, Search, Sequence[torch.Generator]], Tensor]
 SELECT: dict[str, Select] = {"stepwise": best, "beam": best, "halving": best, "smc": resample}
 """Who lives on, by mode: rule(scores [I, M], how many, search, rngs) -> positions [I, N']."""
 MODES = ("plain", "best-of-n", *SELECT)
+
+
+def expected_calls(search: Search, sigmas: Tensor, *, trace: bool = False) -> Calls:
+    """Calls of the models for one picture, counted from the settings alone, without blocks that are shared.
+
+    sigmas: the schedule [n + 1]. A reward is assumed to be there.
+    """
+    calls, total = Calls(), len(sigmas) - 1
+    each = 1 if search.guidance_scale == 1.0 else 2
+
+    def down(way: Search, first: int, n: int) -> tuple[int, bool]:
+        """Ends of a way down, and whether the last step has judged the only one."""
+        known, judged = False, False
+        for step in range(first, total):
+            sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
+            calls.generator += 0 if known else each * n
+            candidates = n * way.children(step, sigma, sigma_next, n)
+            trajectories = way.trajectories() if step == 0 and way.share_first else n
+            count = way.survivors(sigma_next, trajectories, candidates)
+            known, judged = False, count is not None
+            if count is not None:
+                calls.reward += candidates
+                known = sigma_next > 0 and (way.score_at == "clean" or way.pictures or trace)
+                calls.generator += each * candidates * known
+            n = candidates if count is None else count
+        return n, judged and n == 1 and way.score_at == "noisy"
+
+    ends, judged = down(search, 0, 1 if search.share_first else search.trajectories())
+    calls.reward += 0 if judged else ends
+    if search.refine:
+        start = _nearest(sigmas, search.refine_sigma)
+        for _ in range(search.refine):
+            down(_refining(search), start, 1)
+            calls.reward += 1
+    return calls
 
 
 def _rows(x: Tensor, keep: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Interruptions:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
-        self.asked = _came
+        self.asked = self.asked or _came
         for number in STOPPING:
             with contextlib.suppress(ValueError):  # not in the main thread: the caller's own handling stays
                 self._before[number] = signal.signal(number, self._note)

@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -55,6 +56,36 @@ def test_comparison_of_sampling(
     # 10 steps, 9 of them with 2 candidates for 2/3 of a generator's cost each, and the final score.
     assert rows.loc["step-wise k=2 CPS a=0.9", "cost"] == pytest.approx(10 + (18 + 1) * 2 / 3)
     assert "best-of-3 ODE" in capsys.readouterr().out
+
+
+def test_comparison_at_equal_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best-of-N is always there; costs count the shared first forward; between N and N + 1 the rival is their mixture."""
+    args = [
+        tmp_path,
+        "--prompts",
+        1,
+        "--seeds",
+        1,
+        "--bed",
+        "two-objects-6-steps",
+        "--split",
+        "val",
+        "--only",
+        "oracle best-of-3",
+        "beam of 2",
+    ]
+    made = run("studies/compare_sampling.py", *args, monkeypatch=monkeypatch)
+    rows = pd.read_parquet(tmp_path / "comparison-guidance-1-two-objects-6-steps-val-0.parquet").set_index("way")
+    assert set(rows.index) == {*(f"best-of-{n}" for n in range(1, 7)), "oracle best-of-3", "beam of 2"}
+    for n in range(1, 7):
+        assert rows.loc[f"best-of-{n}", "cost"] == pytest.approx(1 + 5 * n + n * 2 / 3)
+    assert rows.loc["oracle best-of-3", "judge"] >= rows.loc["best-of-3", "judge"]
+    assert "less best-of-N at equal cost" in capsys.readouterr().out
+    low, high = ({"cost": c, "judge": np.array([j])} for c, j in ((10, 0.5), (20, 0.9)))
+    assert made["at_equal_cost"]({"cost": 15}, [low, high], "judge") == pytest.approx([0.7])
+    assert made["at_equal_cost"]({"cost": 25}, [low, high], "judge") is None
 
 
 def test_times_of_the_comparison_of_alignment() -> None:

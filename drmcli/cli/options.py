@@ -77,7 +77,7 @@ METAVARS = {
     "generator": "REF", "reward": "REF", "against": "REF", "detector": "REF", "color_model": "REF", "judge": "REF|none",
     "scorers": "REF", "add_rewards": "REF=WEIGHT", "lora": "REF", "out": "DIR", "data_dir": "DIR", "cache_dir": "DIR",
     "images": "DIR", "dataset": "NAME|PATH", "data": "NAME|PATH", "eval_data": "NAME|PATH", "prompts": "FILE", "preset": "NAME",
-    "branch_sigmas": "LO,HI", "window": "LO,HI", "branch_steps": "FIRST,LAST",
+    "tune": "FILE", "methods": "FILE", "branch_sigmas": "LO,HI", "window": "LO,HI", "branch_steps": "FIRST,LAST",
 }  # fmt: skip
 """What stands for a value in help, where its type says too little."""
 COMMON = {

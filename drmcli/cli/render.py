@@ -223,7 +223,33 @@ def score(s: dict[str, Any]) -> None:
     console.print(f"{s['noise_samples']} noise draws a score; table: {s['run']}")
 
 
+def methods(s: dict[str, Any]) -> None:
+    console = stdout()
+    judge = "the reward itself" if s["judge"] == "none" else spoken(s["judge"])
+    made = table(
+        f"ways to sample, judged by {judge}", "method", "cost", "judge", "95 % interval", "less", "difference", "95 %"
+    )
+    for row in sorted(s["methods"], key=lambda row: row["cost"]):
+        beside = (
+            (row["rival"], f"{row['difference']:+.4f}", _interval(row["difference_ci95"]))
+            if "rival" in row
+            else ("",) * 3
+        )
+        made.add_row(row["name"], f"{row['cost']:.1f}", f"{row['judge']:.4f}", _interval(row["judge_ci95"]), *beside)
+    console.print(made)
+    console.print("cost: forward passes of the generator a picture; less: the dearest best-of-N that costs no more")
+    console.print(f"{s['seconds']:.0f} s on {s['device']}")
+    console.print(f"next: drm sample PROMPT --mode auto --budget FORWARDS --methods {s['table']}")
+
+
+def _interval(ends: list[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
 def sample(s: dict[str, Any]) -> None:
+    if "methods" in s:
+        methods(s)
+        return
     console = stdout()
     made = table(f"{s['mode']}, {s['steps']} steps of {s['step_rule']}", "picture", "score", "seed", "prompt")
     for row in s["images"][:24]:

@@ -16,7 +16,7 @@ EXAMPLE = "a large red circle above a small blue square"
 @o.command(
     "sample",
     "num_images steps guidance_scale negative_prompt height width lora",
-    Search="mode beams keep step_rule noise_level branch_sigmas score_at share_score trace",
+    Search="mode budget beams starts keep refine step_rule noise_level branch_sigmas combine trace tune judge",
 )
 def sample(
     prompts: Annotated[
@@ -29,6 +29,15 @@ def sample(
         bool,
         typer.Option("--stepwise", help="Keep the best of --beams candidates a step.", rich_help_panel="Search"),
     ] = False,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="SCORER[=WEIGHT]",
+            help="What chooses: a reward model, a scorer's name, module:function, or none; may be repeated.",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Draw pictures; with --stepwise the reward model steers every step.
@@ -37,13 +46,15 @@ def sample(
 
       drm sample "a large red circle above a small blue square" --stepwise --beams 4
 
-      drm sample "a small green triangle on the left" --num-images 4 --guidance-scale 4 --mode best-of-n
+      drm sample "a small green triangle on the left" --num-images 4 --mode auto --budget 31
 
       drm sample --preset sd35-medium --reward runs/sd35/reward "an ocean at dawn" --stepwise --beams 4 --trace
     """
     from drmcli.errors import InputError
 
     options["prompts"] = _prompts(prompts, prompts_file)
+    options["reward"], more = (reward[0], reward[1:]) if reward else (None, [])
+    options["add_rewards"] = [*more, *(options["add_rewards"] or [])] or None
     if options["prompts"] is None and not any(options[k] for k in ("preset", "generator", "config", "sets")):
         options["prompts"] = [EXAMPLE]
     for key, flag in (("branch_sigmas", "--branch-sigmas"), ("branch_steps", "--branch-steps")):

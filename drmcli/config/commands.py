@@ -23,6 +23,7 @@ SINGULAR = {
     ("bench", "sigmas"): "sigma",
     ("bench", "scorers"): "scorer",
     ("grpo", "add_rewards"): "add_reward",
+    ("sample", "add_rewards"): "add_reward",
     ("score", "prompts"): "prompt",
     ("serve", "scorers"): "scorer",
 }

@@ -224,19 +224,44 @@ class Sample(Common, Drawing):
     """`drm sample`."""
 
     reward: str = ""
-    """Reward model: a folder or a hub id; `none` samples without one. Empty: the preset's."""
+    """Scorer that chooses: a reward model, a name such as pickscore, NAME=FOLDER or `module:function`, with =WEIGHT or without;
+    `none` samples without one. Empty: the preset's."""
+    add_rewards: list[str] = Field(default_factory=list)
+    """More scorers of the same kinds, REF or REF=WEIGHT, combined with the first."""
+    combine: Literal["sum", "mean", "min", "mean-std"] = "sum"
+    """Several scorers as one: weighted sum, mean, the least of them, or the mean less their spread."""
     prompts: list[str] = Field(default_factory=list)
     """What to draw."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     num_images: Positive = 1
     """Pictures a prompt, with the seeds seed, seed + 1, ..."""
-    mode: Literal["plain", "best-of-n", "stepwise", "beam", "halving", "smc"] = "plain"
-    """How the reward model is used while sampling."""
-    beams: Positive = 4
-    """Candidates a step of stepwise and beam; trajectories of best-of-n, halving and smc."""
+    mode: Literal["plain", "best-of-n", "stepwise", "beam", "halving", "smc", "auto"] = "plain"
+    """How the scorer is used while sampling; auto is the method that was measured as the best within --budget."""
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Of auto: forward passes of the generator a picture, a reward call counting by its share of the blocks."""
+    methods: str | None = None
+    """Of auto: methods.yaml of a --tune run; None is the preset's."""
+    tune: str | None = None
+    """A file of prompts on which methods are measured, in place of drawing pictures; writes methods.yaml."""
+    judge: str = "none"
+    """Of tune: an independent scorer that says which method is better; none is the reward itself."""
+    beams: Positive | None = None
+    """Candidates that a trajectory draws at each step of stepwise and beam; None is 4."""
+    starts: Positive | None = None
+    """Trajectories that a picture starts with in best-of-n, halving, smc and beam; None is 4, and what is kept of beam."""
     keep: Positive = 2
-    """Particles that beam keeps."""
+    """Trajectories that beam keeps."""
+    first_cut: Sigma | None = None
+    """Of beam: noise level at which the starts are cut to those kept, and before which there are no candidates; None is at once."""
+    share_first: bool = False
+    """All starts share the first forward pass; with cps and noise level 1 nothing is lost."""
+    refine: NonNegative = 0
+    """How often the best end is noised again and sampled anew; kept where it scores better."""
+    refine_sigma: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Noise level that a refinement begins at."""
+    refine_beams: Positive = 1
+    """Candidates a step of a refinement, at noise levels above 0.5."""
     steps: Positive = 10
     """Steps from noise to picture."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0

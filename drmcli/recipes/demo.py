@@ -29,7 +29,7 @@ from drmcli.tiny.judge import judge
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
-    "best of 3": {"mode": "best-of-n", "beams": 3, "step_rule": "cps"},
+    "best of 3": {"mode": "best-of-n", "starts": 3, "step_rule": "cps"},
     "step-wise": {"mode": "stepwise", "beams": 4},
 }
 """How pictures are drawn; the last two cost about the same."""

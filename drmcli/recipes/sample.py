@@ -16,25 +16,24 @@ from typing import Any
 
 import pandas as pd
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from drmcli import results
-from drmcli.calls import Calls
+from drmcli.calls import Calls, States
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
-from drmcli.encoders import share
 from drmcli.errors import InputError
 from drmcli.files import read_object
-from drmcli.fingerprints import of_parts
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
-from drmcli.reward import RewardModel
+from drmcli.recipes import methods
+from drmcli.recipes.chooser import load_scorers, share_blocks
+from drmcli.recipes.sheets import branch_tree, contact_sheet
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
-from drmcli.sampling import Candidates, Samples, Search, sample
-
-TILE = 128
-"""Side of a picture in the grid and of a candidate in the tree, pixels."""
+from drmcli.sampling import Candidates, Samples, Search, expected_calls, sample
+from drmcli.scorers import StateScorer
+from drmcli.scorers.combine import Combined, Term
+from drmcli.scorers.drm import RewardScorer
 
 
 @dataclass
@@ -52,16 +51,20 @@ class Job:
 
 def run(config: Sample, reporter: Reporter) -> dict[str, Any]:
     """Draw what is asked. Returns what summary.json holds."""
+    asked = config
+    config = methods.settled(config, reporter.note)
     jobs = [
         Job(p * config.num_images + i, prompt, config.seed + i)
-        for p, prompt in enumerate(checked_prompts(config))
+        for p, prompt in enumerate([] if config.tune else checked_prompts(config))
         for i in range(config.num_images)
     ]
-    with open_run("sample", config, reporter) as folder:
+    with open_run("sample", asked, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite draws again")
             return folder.finished
         studio = Studio.open(config, folder)
+        if config.tune:
+            return folder.finish(methods.tune(config, folder, studio))
         images = results.Parts(folder.folder / "partial" / "images", "images", folder.id)
         candidates = results.Parts(folder.folder / "partial" / "candidates", "candidates", folder.id)
         counts = Counts.load(folder)
@@ -124,8 +127,7 @@ def checked_prompts(config: Sample) -> list[str]:
         )
     if any(not prompt.strip() for prompt in config.prompts):
         raise InputError("PROMPT: a prompt is empty", hint="say what to draw")
-    if config.mode in ("stepwise", "beam") and config.step_rule == "ode" and config.beams > 1:
-        raise InputError("--step-rule ode: its candidates would all be the same", hint="use cps, flow-sde or dance-sde")
+    methods.check_search(methods.search_of(config))
     return list(config.prompts)
 
 
@@ -136,9 +138,8 @@ class Studio:
     config: Sample
     folder: Run
     generator: Generator
-    reward: RewardModel | None
-    own_encoders: bool
-    """The reward model's prompts go through encoders of its own, which are not the generator's."""
+    scorers: list[Term]
+    """What chooses; none draws without choosing."""
     search: Search
     shape: tuple[int, int, int]
     negative: PromptEmbeds | None
@@ -159,55 +160,56 @@ class Studio:
             attention=config.attention,
         )
         shape = latent_shape(config, generator)
-        reward, own = None, False
-        if config.reward != "none":
-            reward = RewardModel.from_pretrained(config.reward, device=device, dtype=dtype, attention=config.attention)
-            reward.check_latents(generator, f"--reward {config.reward}")
-            if warning := share(reward, generator):
+        scorers = load_scorers(config, device, dtype, generator)
+        if not scorers and (config.mode != "plain" or config.refine or config.tune):
+            what = "--tune" if config.tune else "--refine" if config.refine else f"--mode {config.mode}"
+            raise InputError(f"{what}: needs a scorer", hint="leave out --reward none")
+        for term in scorers:
+            term.scorer.check_prompts(config.prompts)
+            if isinstance(term.scorer, RewardScorer) and (warning := term.scorer.share_encoders(generator)):
                 folder.warn(warning)
-            own = reward.generator() is not generator
-        elif config.mode != "plain":
-            raise InputError(f"--mode {config.mode}: needs a reward model", hint="leave out --reward none")
         if config.lora:
             generator.load_lora(config.lora)
         if config.share_score:
-            share_blocks(config, generator, reward, own)
+            share_blocks(config, generator, scorers)
         cut = [p for p in config.prompts if generator.truncated(p)]
         if cut:
             folder.warn(f"{len(cut)} prompts are longer than the text encoders read; their ends are cut: {cut[0]!r}")
-        search = Search(
-            mode=config.mode,
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            step_rule=config.step_rule,
-            noise_level=config.noise_level,
-            beams=config.beams,
-            starts=None if config.mode == "beam" else config.beams,
-            keep=config.keep,
-            branch_sigmas=(config.branch_sigmas[0], config.branch_sigmas[1]),
-            branch_steps=None if config.branch_steps is None else (config.branch_steps[0], config.branch_steps[-1]),
-            score_at=config.score_at,
-            correct_noise=config.correct_noise,
-            temperature=config.temperature,
-            max_batch=config.max_batch,
-            share=config.share_score,
-        )
         negative = generator.encode_negative(config.negative_prompt, config.guidance_scale)
-        return cls(config, folder, generator, reward, own, search, shape, negative, device, dtype)
+        return cls(config, folder, generator, scorers, methods.search_of(config), shape, negative, device, dtype)
+
+    @property
+    def reward_cost(self) -> float:
+        """Of one call of all reward models, in forward passes of the generator; scorers of pictures are not counted."""
+        return sum(term.scorer.cost for term in self.scorers if isinstance(term.scorer, RewardScorer))
+
+    def reward(self, unique: list[str], cond: PromptEmbeds) -> tuple[States | None, Any, bool]:
+        """What chooses, what it is told of the prompts, and whether it looks at pictures. cond: the generator's encodings."""
+
+        def own(scorer: StateScorer) -> PromptEmbeds | None:
+            shared = isinstance(scorer, RewardScorer) and scorer.model.generator() is self.generator
+            return cond if shared else None
+
+        if not self.scorers:
+            return None, None, False
+        first = self.scorers[0]
+        if len(self.scorers) == 1 and first.weight == 1.0 and isinstance(first.scorer, RewardScorer):
+            known = own(first.scorer)
+            return first.scorer.model, first.scorer.encode(unique) if known is None else known, False
+        combined = Combined(self.scorers, self.generator.decode)
+        return combined, combined.encode(unique, own), combined.pictures
 
     def draw(self, jobs: list[Job], on_step: Any) -> Samples:
         """Latents of a batch; each distinct prompt is encoded once."""
         unique = list(dict.fromkeys(job.prompt for job in jobs))
         where = torch.tensor([unique.index(job.prompt) for job in jobs], device=self.device)
-        cond = self.generator.encode_prompts(unique)[where]
-        reward_cond = cond
-        if self.reward is not None and self.own_encoders:
-            reward_cond = self.reward.generator().encode_prompts(unique)[where]
+        cond = self.generator.encode_prompts(unique)
+        reward, told, self.search.pictures = self.reward(unique, cond)
         return sample(
             self.generator,
-            self.reward,
-            cond,
-            reward_cond,
+            reward,
+            cond[where],
+            None if told is None else told[where],
             [job.seed for job in jobs],
             self.search,
             negative=self.negative,
@@ -221,7 +223,18 @@ class Studio:
         paths = []
         settings = {
             k: getattr(self.config, k)
-            for k in ("mode", "beams", "steps", "guidance_scale", "noise_level", "generator", "reward", "lora")
+            for k in (
+                "mode",
+                "beams",
+                "starts",
+                "refine",
+                "steps",
+                "guidance_scale",
+                "noise_level",
+                "generator",
+                "reward",
+                "lora",
+            )
         } | {"step_rule": self.search.rule()}
         for job, picture, score in zip(jobs, self.generator.decode(samples.latents), samples.score.tolist()):
             text = PngInfo()
@@ -241,30 +254,6 @@ class Studio:
                 with guarded(self.folder.folder):
                     tree.save(self.folder.path("traces", f"{job.id}.png"))
         return paths
-
-
-def share_blocks(config: Sample, generator: Generator, reward: RewardModel | None, own_encoders: bool) -> None:
-    """Let a frozen reward model use the generator's blocks themselves. Raises InputError where they are not the same."""
-    why = ""
-    if reward is None or reward.config.backbone != "frozen":
-        why = "the reward model's backbone was trained, so it is not the generator's"
-    elif own_encoders or of_parts(
-        reward.config.base_model, reward.config.base_revision, ["transformer"], flag="base_model"
-    ) != generator.prints(["transformer"]):
-        why = f"the reward model was cut from {reward.config.base_model}"
-    elif config.lora:
-        why = "a LoRA changes the generator's blocks"
-    elif config.score_at == "clean":
-        why = "clean latents are not the state that the generator goes on from"
-    elif not generator.family.shares_blocks:
-        why = f"a {type(generator.pipe).__name__} cannot go on from what its first blocks computed"
-    elif generator.family.takes_guidance(generator.model_config) and reward.guidance != config.guidance_scale:
-        why = f"the reward model sees guidance {reward.guidance:g} as an input, the generator {config.guidance_scale:g}"
-    if why or reward is None:
-        raise InputError(
-            f"--share-score: {why}", hint="leave it out, or train with `drm train-reward --set backbone=frozen`"
-        )
-    reward.share_blocks(generator)
 
 
 def latent_shape(config: Sample, generator: Generator) -> tuple[int, int, int]:
@@ -320,29 +309,6 @@ def _add_candidates(parts: results.Parts, jobs: list[Job], steps: list[Candidate
                 )  # fmt: skip
 
 
-def branch_tree(generator: Generator, steps: list[Candidates], picture: int) -> Image.Image:
-    """A row a step: predicted clean pictures of the candidates with their scores, kept ones framed."""
-    shown = [c for c in steps if c.preview is not None]
-    columns = max(c.score.shape[1] for c in shown)
-    line = 18
-    sheet = Image.new("RGB", (110 + columns * (TILE + 8), len(shown) * (TILE + line + 10) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, c in enumerate(shown):
-        top = 8 + row * (TILE + line + 10)
-        pen.text((8, top + TILE // 2 - 12), f"step {c.step}\nsigma {c.sigma_next:.3f}", fill="black")
-        assert c.preview is not None
-        for column, tile in enumerate(generator.decode(c.preview[picture].to(generator.device))):
-            left = 110 + column * (TILE + 8)
-            sheet.paste(
-                tile.resize((TILE, TILE), Image.Resampling.NEAREST if tile.width < TILE else Image.Resampling.LANCZOS),
-                (left, top),
-            )
-            if bool(c.kept[picture, column]):
-                pen.rectangle((left - 3, top - 3, left + TILE + 2, top + TILE + 2), outline="#c8553d", width=3)
-            pen.text((left + 4, top + TILE + 3), f"{float(c.score[picture, column]):+.2f}", fill="black")
-    return sheet
-
-
 def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[str, Any]:
     """Join the part files, draw the grid, sum up."""
     partial = folder.folder / "partial"
@@ -356,23 +322,11 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
     )
     results.write(folder.folder / "candidates.parquet", "candidates", candidates, folder.id)
     with guarded(folder.folder):
-        tiles = [Image.open(folder.folder / path).convert("RGB") for path in images["path"][:64]]
-        side = max(TILE, min(512, tiles[0].width))
-        small = tiles[0].width < side
-        tiles = [
-            t.resize(
-                (side, side * t.height // t.width), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-            )
-            for t in tiles
-        ]
-        columns = config.num_images if 1 < config.num_images <= 8 else math.ceil(math.sqrt(len(tiles)))
-        rows = math.ceil(len(tiles) / columns)
-        tiles += [Image.new("RGB", tiles[0].size, "white")] * (rows * columns - len(tiles))
-        make_image_grid(tiles, rows, columns).save(folder.folder / "grid.png")
+        pictures = [Image.open(folder.folder / path).convert("RGB") for path in images["path"][:64]]
+        contact_sheet(pictures, config.num_images if 1 < config.num_images <= 8 else None).save(
+            folder.folder / "grid.png"
+        )
         shutil.rmtree(partial)
-    ratio = 0.0
-    if studio.reward is not None:
-        ratio = studio.reward.cost
     listed = [
         {
             "path": str(folder.folder / row["path"]),
@@ -391,14 +345,18 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
             "seconds": round(time.monotonic() - folder.started, 2),
             "images": listed,
             "mode": config.mode,
-            "beams": config.beams if config.mode != "plain" else 1,
+            "beams": config.beams or (studio.search.beams if config.mode in ("stepwise", "beam") else 1),
+            "starts": studio.search.trajectories(),
+            "refine": config.refine,
             "steps": config.steps,
             "step_rule": studio.search.rule(),
             "generator_calls": counts.generator_calls,
             "reward_calls": counts.reward_calls,
             "shared_calls": counts.shared_calls,
             "cost": round(
-                Calls(counts.generator_calls, counts.reward_calls, counts.shared_calls).cost(ratio) / len(images), 3
+                Calls(counts.generator_calls, counts.reward_calls, counts.shared_calls).cost(studio.reward_cost)
+                / len(images),
+                3,
             ),
             "images_per_second": round(len(images) / max(counts.seconds, 1e-9), 3),
             "mean_score": _number(images["score"].mean()),
@@ -419,18 +377,22 @@ def _number(value: float) -> float | None:
 
 def plan(config: Sample) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    from drmcli.flow import schedule
     from drmcli.recipes.plan import describe_generator
 
-    prompts = checked_prompts(config)
+    decided: list[str] = []
+    config = methods.settled(config, decided.append)
+    prompts = [] if config.tune else checked_prompts(config)
     known = describe_generator(config)
+    calls = expected_calls(methods.search_of(config), schedule(config.steps), trace=config.trace)
     return {
         "pictures": len(prompts) * config.num_images,
         "mode": config.mode,
-        "generator calls a picture, about": config.steps * (2 if config.guidance_scale != 1 else 1)
-        * (config.beams if config.mode in ("best-of-n", "halving", "smc") else 1),
-        "candidates scored a picture, about": config.steps * config.beams if config.mode in ("stepwise", "beam") else config.beams,
+        **({"decided": decided} if decided else {}),
+        "generator calls a picture, about": calls.generator,
+        "scores a picture, about": 0 if config.reward == "none" else calls.reward,
         "download": known.download,
-    }  # fmt: skip
+    }
 
 
 def picture_text(path: Path) -> dict[str, str]:

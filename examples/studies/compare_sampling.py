@@ -1,17 +1,25 @@
-"""Is step-wise search better than drawing several pictures and keeping the best? Measured at matched cost on the embedded world.
+"""Is search with scores of noisy states better than drawing several pictures and keeping the best? Measured at equal cost.
 
     python examples/studies/compare_sampling.py [FOLDER] [--prompts 96] [--seeds 4] [--guidance 1] [--only TEXT...]
+    python examples/studies/compare_sampling.py [FOLDER] --bed two-objects --split test --skip 0 --prompts 200 --seeds 2
 
-Held-out captions that nothing was trained on. For every way to sample: the judge (a pixel-space score that no model was
-trained on), the reward, the share of very good pictures, diversity over seeds, cost in generator-equivalents and seconds; and
-the judge's difference from two rivals of about one cost, best-of-3 (with guidance best-of-2) by the ODE and by CPS, paired by
-prompt and seed, with 95 % intervals clustered by prompt. Writes comparison.parquet and pareto.png.
+Captions that nothing was trained on. For every way to sample: the judge (a pixel-space score that no model was trained on), the share of
+very good pictures (judge above 0.9), the reward, diversity over seeds, cost in generator-equivalents and seconds. Differences are paired by
+prompt and seed, with 95 % intervals clustered by prompt.
+
+The bed `all` has captions of all kinds and names two rivals of about one cost, best-of-3 (with guidance best-of-2) by the ODE and by
+CPS. The beds `two-objects` (ten steps) and `two-objects-6-steps` have room at the top; there every way is compared with best-of-N
+*at its own cost*: where that lies between N and N + 1, their mixture. All starts share the first forward pass, the rivals' too.
+Every picture there has noise of its own: captions that share it are not independent, and with two seeds for all of them best-of-3
+came out above best-of-6. Oracle rows keep the best by the judge itself. Choose on `--split val`; `--split test`, which chose
+nothing, confirms. Writes comparison-*.parquet and pareto-*.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +29,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from drmcli.config import resolve
+from drmcli.config import package_path, resolve
 from drmcli.generator import Generator
 from drmcli.measure.intervals import mean_ci, paired_ci
-from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
+from drmcli.scorers import load_scorer
+from drmcli.scorers.combine import COMBINE, Combined, Term
+from drmcli.scorers.drm import RewardScorer
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 
@@ -102,6 +112,39 @@ WAYS: dict[str, dict] = {
     | {"mode": "halving", "starts": 4, "noise_level": 1.0, "num_inference_steps": 18},
     "SMC 4 CPS a=0.9": {"mode": "smc", "starts": 4},
 }
+MANY = CPS | {"mode": "best-of-n", "noise_level": 1.0, "share_first": True}
+BEAM = CPS | {"mode": "beam", "noise_level": 1.0, "share_first": True, "keep": 2, "beams": 2}
+FRONTIER = {f"best-of-{n}": MANY | {"starts": n} for n in range(1, 7)}
+"""Best-of-N by CPS, the rival at every cost; one start is plain sampling."""
+SEARCHES: dict[str, dict] = FRONTIER | {
+    "oracle best-of-3": MANY | {"starts": 3},
+    "oracle best-of-6": MANY | {"starts": 6},
+    "step-wise k=4": {"mode": "stepwise", "beams": 4, "noise_level": 1.0},
+    "step-wise k=4, sigma .28 to .86": {
+        "mode": "stepwise",
+        "beams": 4,
+        "noise_level": 1.0,
+        "branch_sigmas": (0.28, 0.86),
+    },
+    "halving 4 > 2 > 1": CPS | {"mode": "halving", "starts": 4, "noise_level": 1.0, "share_first": True},
+    "halving 6 > 3 > 1 at .8, .5": CPS
+    | {"mode": "halving", "starts": 6, "noise_level": 1.0, "share_first": True, "halving_sigmas": (0.8, 0.5)},
+    "best-of-2, refined": MANY | {"starts": 2, "refine": 1},
+    "best-of-2, refined twice": MANY | {"starts": 2, "refine": 2},
+    "best-of-2, refined by k=2": MANY | {"starts": 2, "refine": 1, "refine_beams": 2},
+    "best-of-2, refined by k=2 twice": MANY | {"starts": 2, "refine": 2, "refine_beams": 2},
+    "beam of 2": BEAM | {"starts": 2, "first_cut": 0.8, "branch_sigmas": (0.7, 0.8)},
+    "beam of 3": BEAM | {"starts": 3, "first_cut": 0.8, "branch_sigmas": (0.7, 0.8)},
+    "beam of 4": BEAM | {"starts": 4, "first_cut": 0.8, "branch_sigmas": (0.7, 0.8)},
+    "beam of 4, refined by k=2": BEAM
+    | {"starts": 4, "first_cut": 0.8, "branch_sigmas": (0.7, 0.8), "refine": 1, "refine_beams": 2},
+}
+"""Ways of the beds with room at the top; noise levels are those of `first_cut` and `branch_sigmas` at ten steps."""
+BEDS = {
+    "all": {"steps": 10, "ways": WAYS, "two": False},
+    "two-objects": {"steps": 10, "ways": SEARCHES, "two": True},
+    "two-objects-6-steps": {"steps": 6, "ways": SEARCHES, "two": True},
+}
 PAPER = {1: (2.88, 1.01, 16.76, 8.95, 0.650), 2: (5.63, 1.08, 16.84, 9.02, 0.661), 4: (7.75, 1.14, 16.81, 9.32, 0.663),
          6: (9.83, 1.15, 16.93, 9.49, 0.662)}  # fmt: skip
 """The paper's table on SD3.5-Medium: k, and seconds a picture, ImageReward, PickScore, HPSv3, LPIPS diversity."""
@@ -111,12 +154,21 @@ GUIDED_RIVALS = ("best-of-2 ODE", "best-of-2 CPS a=1.0")
 
 
 def draw(
-    generator: Generator, reward: RewardModel, way: dict, captions: list[str], seeds: int, guidance: float
+    generator: Generator,
+    terms: list[Term],
+    way: dict,
+    captions: list[str],
+    seeds: int,
+    guidance: float,
+    combine: str,
+    own_noise: bool,
 ) -> dict:
-    """All pictures of one way, [prompts * seeds] values each."""
-    search = Search(**({"num_inference_steps": 10, "guidance_scale": guidance, "max_batch": 128} | way))
+    """All pictures of one way, [prompts * seeds] values each. own_noise: no two captions share the noise of their pictures."""
+    reward = Combined(terms, generator.decode)
+    defaults = {"num_inference_steps": 10, "guidance_scale": guidance, "max_batch": 128, "combine": combine}
+    search = Search(**(defaults | way), pictures=reward.pictures)
     negative = generator.encode_negative("", guidance)
-    ratio = reward.cost
+    ratio = sum(term.scorer.cost for term in terms if isinstance(term.scorer, RewardScorer))
     latents, scores, cost, started = [], [], 0.0, time.perf_counter()
     for i in range(0, len(captions), 16):
         some = [c for c in captions[i : i + 16] for _ in range(seeds)]
@@ -125,8 +177,8 @@ def draw(
             generator,
             reward,
             cond,
-            cond,
-            list(range(seeds)) * (len(some) // seeds),
+            reward.encode(some, lambda scorer, cond=cond: cond),
+            [i * seeds + j if own_noise else j % seeds for j in range(len(some))],
             search,
             negative=negative,
             shape=(4, 16, 16),
@@ -170,6 +222,40 @@ def in_the_papers_form(results: dict[str, dict]) -> Table:
     return table
 
 
+def at_equal_cost(mine: dict, frontier: list[dict], value: str) -> np.ndarray | None:
+    """Best-of-N's values a picture at the cost of a way; between N and N + 1 their mixture. None beyond the frontier's ends."""
+    for low, high in pairwise(frontier):
+        if low["cost"] - 0.01 <= mine["cost"] <= high["cost"] + 0.01:
+            share = (mine["cost"] - low["cost"]) / (high["cost"] - low["cost"])
+            return (1 - share) * low[value] + share * high[value]
+    return None
+
+
+def against_best_of_n(results: dict[str, dict], prompt: np.ndarray) -> Table:
+    """Every search less best-of-N at its own cost, in the judge and in the share of very good pictures."""
+    table = Table(
+        title="\nless best-of-N at equal cost", box=None, header_style="bold", pad_edge=False, title_justify="left"
+    )
+    for i, column in enumerate(("", "cost", "judge", "95 %", "above 0.9", "95 %")):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    frontier = [results[name] for name in FRONTIER]
+    for r in results.values():
+        r["good"] = (r["judge"] > 0.9).astype(float)
+    for name, r in results.items():
+        if name in FRONTIER or "oracle" in name:
+            continue
+        cells = []
+        for value in ("judge", "good"):
+            rival = at_equal_cost(r, frontier, value)
+            if rival is None:
+                cells += ["", "beyond best-of-N's costs"]
+                continue
+            d = paired_ci(r[value], rival, prompt)
+            cells += [f"{d.value:+.4f}", f"{d.ci95[0]:+.4f} to {d.ci95[1]:+.4f}"]
+        table.add_row(name, f"{r['cost']:.1f}", *cells)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare-sampling"))
@@ -179,16 +265,30 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[""], help="only ways whose names hold one of these texts, and the rivals"
     )
+    parser.add_argument("--bed", choices=BEDS, default="all", help="captions and steps")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="val chooses, test confirms")
+    parser.add_argument("--skip", type=int, default=0, help="captions left out at the beginning of the split")
+    parser.add_argument("--reward", nargs="*", default=None, help="scorers that choose, in place of the preset's")
+    parser.add_argument("--combine", choices=COMBINE, default="sum", help="several of them as one")
     args = parser.parse_args()
+    bed = BEDS[args.bed]
     args.folder.mkdir(parents=True, exist_ok=True)
     config = resolve("sample")
     generator = Generator.load(config.generator, max_sequence_length=config.max_sequence_length)
-    reward = RewardModel.from_pretrained(config.reward)
-    captions = list(world.captions("test"))[: args.prompts]
+    cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
+    terms = [Term(load_scorer(package_path(ref), **cpu), 1.0) for ref in args.reward or [config.reward]]
+    oracle = [Term(load_scorer("shapes", **cpu), 1.0)]
+    known = [c for c in world.captions(args.split) if not bed["two"] or len(world.parse(c).things) == 2]
+    captions = known[args.skip : args.skip + args.prompts]
     prompt = np.repeat(np.arange(len(captions)), args.seeds)
-    rivals = RIVALS if args.guidance == 1 else GUIDED_RIVALS
-    ways = {name: way for name, way in WAYS.items() if name in rivals or any(text in name for text in args.only)}
-    results = {name: draw(generator, reward, way, captions, args.seeds, args.guidance) for name, way in ways.items()}
+    rivals = () if bed["two"] else RIVALS if args.guidance == 1 else GUIDED_RIVALS
+    always = FRONTIER if bed["two"] else rivals
+    ways = {name: way for name, way in bed["ways"].items() if name in always or any(text in name for text in args.only)}
+    results = {}
+    for name, way in ways.items():
+        chosen = oracle if "oracle" in name else terms
+        way = {"num_inference_steps": bed["steps"]} | way
+        results[name] = draw(generator, chosen, way, captions, args.seeds, args.guidance, args.combine, bed["two"])
 
     rows, console = [], Console(width=170)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -213,12 +313,18 @@ def main() -> None:
              "good": good, "reward": float(r["reward"].mean()), "diversity": float(r["diversity"].mean()), "cost": r["cost"],
              "seconds": r["seconds"]}
         )  # fmt: skip
-    console.print(f"{len(captions)} prompts x {args.seeds} seeds, guidance {args.guidance:g}, 10 steps unless said")
+    console.print(
+        f"bed {args.bed}, {len(captions)} {args.split} captions from {args.skip} on, {args.seeds} seeds, guidance {args.guidance:g},"
+        f" {bed['steps']} steps unless said"
+    )
     console.print(table)
-    if "" in args.only:
+    if bed["two"]:
+        console.print(against_best_of_n(results, prompt))
+    elif "" in args.only:
         console.print(in_the_papers_form(results))
     frame = pd.DataFrame(rows)
-    frame.to_parquet(args.folder / f"comparison-guidance-{args.guidance:g}.parquet")
+    name = f"guidance-{args.guidance:g}" + ("" if args.bed == "all" else f"-{args.bed}-{args.split}-{args.skip}")
+    frame.to_parquet(args.folder / f"comparison-{name}.parquet")
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -229,7 +335,7 @@ def main() -> None:
         axes.annotate(row["way"], (row["cost"], row["judge"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set(xlabel="cost, generator-equivalents a picture", ylabel="judge", title=f"guidance {args.guidance:g}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.folder / f"pareto-guidance-{args.guidance:g}.png")
+    figure.savefig(args.folder / f"pareto-{name}.png")
     console.print(f"{args.folder}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -42,6 +43,12 @@ class Metrics:
         family("drm_scores_total", "counter", "Pictures or latents that went through a scorer.", _by_scorer(self.items))
         family("drm_failed_total", "counter", "Those that gave no score.", _by_scorer(self.failed))
         family("drm_queue_items", "gauge", "Scores waiting or being computed.", [("", waiting)])
+        family(
+            "process_cpu_seconds_total",
+            "counter",
+            "Processor time of the server.",
+            [("", round(time.process_time(), 3))],
+        )
         rows: list[tuple[str, Any]] = []
         for scorer in sorted(self.batches):
             rows += [

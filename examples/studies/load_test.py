@@ -5,6 +5,7 @@
 The yardstick is the model called directly with batches of the sizes that the server really made, from the same files (decoded, as the
 server must). Every picture is one of a few hundred whose score is known, so that a lost, doubled or exchanged answer shows. The server
 is a process of its own; so are the clients, four of them with a thread a client, as the load should not run in the server's process.
+`ratio` is of pictures a second by the clock; `processor_ratio` of processor time, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def clients(host: str, loads: list[list[tuple[int, bytes]]]) -> list[tuple[int, 
 
 def direct(
     pictures: list[bytes], captions: list[str], sizes: list[int], noise_samples: int
-) -> tuple[float, list[float]]:
-    """Seconds for the same numbers of pictures in the same batches by the model itself, and the score of each kind."""
+) -> tuple[float, float, list[float]]:
+    """Seconds and processor seconds for as many pictures in the same batches by the model itself, and the score of each kind."""
     from drmcli.config import package_path
     from drmcli.reward import RewardModel
 
@@ -74,21 +75,27 @@ def direct(
         return model.score_images(opened, [captions[k] for k in kinds], noise_samples=noise_samples)[:, 0].tolist()
 
     known = [x for i in range(0, KINDS, 32) for x in score(list(range(i, i + 32)))]
-    began, at = time.monotonic(), 0
+    began, worked, at = time.monotonic(), time.process_time(), 0
     for size in sizes:
         score([(at + i) % KINDS for i in range(size)])
         at += size
-    return time.monotonic() - began, known
+    return time.monotonic() - began, time.process_time() - worked, known
 
 
-def counts(host: str) -> tuple[int, int]:
-    """(batches, pictures) of the reward model so far."""
+def counts(host: str) -> tuple[int, int, float]:
+    """(batches, pictures) of the reward model so far, and processor seconds of the server."""
     connection = http.client.HTTPConnection(host)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()
     connection.close()
-    found = [re.search(rf'{name}\{{scorer="reward"\}} (\d+)', page) for name in ("seconds_count", "drm_scores_total")]
-    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else (0, 0)
+
+    def value(name: str) -> float:
+        found = re.search(rf"^{name} ([0-9.e+-]+)$", page, re.M)
+        return float(found[1]) if found else 0.0
+
+    mark = r'\{scorer="reward"\}'
+    batches, pictures = value(f"drm_batch_seconds_count{mark}"), value(f"drm_scores_total{mark}")
+    return int(batches), int(pictures), value("process_cpu_seconds_total")
 
 
 def measure(host: str, args: argparse.Namespace) -> dict[str, float]:
@@ -110,13 +117,14 @@ def measure(host: str, args: argparse.Namespace) -> dict[str, float]:
         seconds, after = time.monotonic() - began, counts(host)
     batches, total = after[0] - before[0], after[1] - before[1]
     sizes = [total // batches + (i < total % batches) for i in range(batches)]  # the server's, evened out
-    plain, known = direct(pictures, captions, sizes, args.noise_samples)
+    plain, worked, known = direct(pictures, captions, sizes, args.noise_samples)
     numbers = [number for number, _ in answers]
     wrong = sum(abs(score - known[number % KINDS]) > 1e-4 for number, score in answers)
     return {
         "requests": args.requests, "answers": len(answers), "lost": args.requests - len(set(numbers)),
         "twice": total - len(numbers), "wrong": wrong, "served_per_second": total / seconds,
-        "direct_per_second": total / plain, "ratio": plain / seconds, "mean_batch": total / batches,
+        "direct_per_second": total / plain, "ratio": plain / seconds,
+        "processor_ratio": worked / (after[2] - before[2]), "mean_batch": total / batches,
     }  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""What a reward model gains from the generator's own samples: from a generator and 200 captions to a better search.
+
+    python examples/studies/own_samples.py OUT
+
+runs `drm data make`, `drm train-reward --init` (own samples and shapes mixed), `drm bench` on held-out own samples and `drm sample
+--stepwise`, each with its default of the embedded world but for the flags below, and prints what the shipped reward model gives beside
+it: pair accuracy by noise level (against the judge's order, and against its noisy votes), and the judge of what step-wise search draws at
+the same cost, paired by prompt and seed with an interval clustered by prompt. It prints the seconds of each step too.
+
+    --ways shapes own-ode own-cps mix-ode mix-cps      the ablation: the shipped data again, own samples of either kind, mixtures
+    --captions 20 --num-images 4 --steps 20 ...        smaller
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from drmcli.config import package_path, resolve
+from drmcli.measure.intervals import paired_ci
+from drmcli.run import Silent
+from drmcli.scorers.plain import shapes
+from drmcli.tiny import world
+
+SHIPPED = "{package}/tiny/weights/reward"
+SIGMAS = [0.0, 0.25, 0.45, 0.6, 0.8]
+
+
+class Study:
+    """Runs of the commands in one folder; each is done once, and its seconds are kept."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.seconds: dict[str, float] = {}
+        self.processor: dict[str, float] = {}
+        """Of all cores: what the wall clock would show on a machine with nothing else to do, at most."""
+
+    def run(self, command: str, name: str, **flags: Any) -> dict[str, Any]:
+        began, worked = time.monotonic(), time.process_time()
+        recipe = import_module("drmcli.recipes." + command.replace("-", "_"))
+        found = recipe.run(resolve(command, flags=flags | {"out": str(self.out / name)}), Silent())
+        self.seconds[name], self.processor[name] = time.monotonic() - began, time.process_time() - worked
+        return found
+
+
+def sets_of(way: str, own: dict[str, str], share: float) -> list[str]:
+    """The data of a way of training."""
+    kind, _, rule = way.partition("-")
+    if kind == "shapes":
+        return ["shapes"]
+    return [own[rule]] if kind == "own" else [f"{own[rule]}={share}", f"shapes={1 - share:g}"]
+
+
+def stepwise(study: Study, name: str, reward: str, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, float]:
+    """Judge of each picture, its prompt's number, and the cost of one."""
+    prompts = list(world.captions("test"))[: args.prompts]
+    found = study.run(
+        "sample", name, prompts=prompts, num_images=args.seeds, mode="stepwise", beams=args.beams, reward=reward,
+        batch_size=64,
+    )  # fmt: skip
+    pictures = [Image.open(row["path"]) for row in found["images"]]
+    judge = shapes(pictures, [row["prompt"] for row in found["images"]])
+    return judge, np.repeat(np.arange(len(prompts)), args.seeds), found["cost"]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ways", nargs="+", default=["mix-ode"])
+    parser.add_argument("--captions", type=int, default=200, help="captions that own samples are drawn for")
+    parser.add_argument("--num-images", type=int, default=16, help="own samples a caption")
+    parser.add_argument("--labels", default="soft", help="soft, drawn or hard")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--share", type=float, default=0.7, help="of own samples in a mixture")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--head-lr", type=float, default=6e-4)
+    parser.add_argument("--backbone", default="full", help="full or head")
+    parser.add_argument("--shapes-prompts", type=int, default=400, help="captions of the other data")
+    parser.add_argument("--held", type=int, default=96, help="held-out captions, eight pictures each")
+    parser.add_argument("--prompts", type=int, default=96, help="of step-wise sampling")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    study = Study(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held_file = args.out / "held.txt"
+    held_file.write_text("\n".join(list(world.captions("val"))[: args.held]) + "\n")
+    judged = {"labels": "hard", "num_images": 8, "prompts": str(held_file), "seed": 1000, "batch_size": 64}
+    held = {
+        "order": study.run("data-make", "held", **judged)["data"],
+        "votes": study.run("data-make", "held-votes", **judged | {"labels": "drawn", "temperature": args.temperature})[
+            "data"
+        ],
+    }
+    rules = sorted({way.partition("-")[2] for way in args.ways} - {""})
+    own = {
+        rule: study.run(
+            "data-make", f"own-{rule}", limit=args.captions, num_images=args.num_images, step_rule=rule,
+            labels=args.labels, temperature=args.temperature, batch_size=64, seed=args.seed,
+        )["data"]
+        for rule in rules
+    }  # fmt: skip
+    rewards = {"shipped": package_path(SHIPPED)}
+    for way in args.ways:
+        rewards[way] = study.run(
+            "train-reward", f"reward-{way}", init=SHIPPED, data=sets_of(way, own, args.share), eval_data=[held["order"]],
+            eval_pairs=200, steps=args.steps, batch_size=args.batch_size, lr=args.lr, head_lr=args.head_lr,
+            backbone=args.backbone, shapes_prompts=args.shapes_prompts, seed=args.seed,
+        )["reward"]  # fmt: skip
+    table: dict[str, dict[str, Any]] = {}
+    shipped: np.ndarray | None = None
+    for name, reward in rewards.items():
+        row: dict[str, Any] = {}
+        for kind, data in held.items():
+            found = study.run("bench", f"bench-{kind}-{name}", dataset=data, reward=reward, sigmas=SIGMAS)
+            row[kind] = [at["accuracy"] for at in found["by_sigma"]]
+        judge, cluster, row["cost"] = stepwise(study, f"stepwise-{name}", reward, args)
+        row["judge"], row["good"] = float(judge.mean()), 100 * float((judge > 0.9).mean())
+        shipped = judge if shipped is None else shipped
+        gap = paired_ci(judge, shipped, cluster)
+        row["gain"], row["gain_ci95"] = gap.value, list(gap.ci95)
+        table[name] = row
+    show(table, study, args)
+    return {"table": table, "seconds": study.seconds}
+
+
+def show(table: dict[str, dict[str, Any]], study: Study, args: argparse.Namespace) -> None:
+    for kind, title in (("order", "the judge's order"), ("votes", "its noisy votes")):
+        print(f"pair accuracy on held-out own samples against {title}, percent, by noise level {SIGMAS}")
+        for name, row in table.items():
+            gain = row[kind][0] - table["shipped"][kind][0]
+            print(f"  {name:10}" + "".join(f"{value:7.1f}" for value in row[kind]) + f"   at 0: {gain:+.1f}")
+    print(
+        f"step-wise search, {args.beams} beams, {args.prompts} prompts x {args.seeds} seeds: judge, share above 0.9, cost"
+    )
+    for name, row in table.items():
+        low, high = row["gain_ci95"]
+        print(
+            f"  {name:10} {row['judge']:.4f}  {row['good']:.1f} %  {row['cost']:.1f}"
+            f"   less shipped {row['gain']:+.4f} ({low:+.4f} to {high:+.4f})"
+        )
+    last = args.ways[-1]
+    path = [p for p in (f"own-{last.partition('-')[2]}", f"reward-{last}", f"stepwise-{last}") if p in study.seconds]
+    for kind, seconds in (("wall", study.seconds), ("processor", study.processor)):
+        each = ", ".join(f"{p} {seconds[p]:.0f}" for p in path)
+        print(f"{kind} seconds: {each}, together {sum(seconds[p] for p in path):.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,10 @@ _LAZY = {
 __all__ = ["Conditioning", "DrmError", "Generator", "PromptEmbeds", "RewardModel", "StepwiseScheduler", "__version__"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

@@ -159,6 +159,52 @@ def test_doctor(drm) -> None:
     assert "torch" in found["versions"]
 
 
+def test_a_shown_config_is_one(tmp_path: Path, drm) -> None:
+    """What `drm config show` prints is YAML that --config takes, a preset's text and a command's whole config alike."""
+    for preset in ("tiny", "paper"):
+        for more in ([], ["--command", "train-reward"]):
+            file = tmp_path / "my.yaml"
+            file.write_text(drm("config", "show", preset, *more).out)
+            found = configs.resolve("train-reward", file=str(file))
+            wanted = configs.resolve("train-reward", preset=preset)
+            assert {k: v for k, v in vars(found).items() if k != "preset"} == {
+                k: v for k, v in vars(wanted).items() if k != "preset"
+            }
+
+
+def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    """A line for each check; a model without access fails, with its remedy and an exit code."""
+    from drmcli.recipes import doctor as recipe
+
+    fine = drm("doctor", "--device", "cpu")
+    assert fine.code == 0, fine.out
+    assert "the embedded reward model" in fine.out
+    assert "WARN" in fine.out
+    pasted = drm("doctor", "--device", "cpu", "--markdown").out.splitlines()
+    assert pasted[1] == "|---|---|---|---|"
+    assert all(line.count(" | ") == 3 for line in pasted[2:8])
+
+    def gated(where: str) -> None:
+        from drmcli.errors import MissingError
+
+        raise MissingError(f"--generator {where}: the model is gated", hint="hf auth login")
+
+    monkeypatch.setattr(recipe.HfApi, "model_info", lambda self, where: gated(where))
+    monkeypatch.setattr(recipe.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(recipe, "_forward", lambda preset, where: recipe.Check("forward pass", "OK", "works"))
+    failed = drm("doctor", "--device", "cpu", "--preset", "sd35-medium")
+    assert failed.code == 1
+    assert "FAIL" in failed.out
+    assert "hf auth login" in failed.out
+    assert "train one, and name it with --reward" in failed.out
+
+
+def test_the_public_names(drm) -> None:
+    import drmcli
+
+    assert dir(drmcli) == sorted(drmcli.__all__)
+
+
 def test_version(drm) -> None:
     from drmcli import __version__
 

@@ -45,7 +45,7 @@ def show(
 
     [bold]Examples[/]
 
-      drm config show tiny
+      drm config show tiny > my.yaml
 
       drm config show sd35-medium --command train-reward
     """
@@ -60,7 +60,7 @@ def show(
 
             show_json(yaml.safe_load(text))
         else:
-            stdout().print(text, end="")
+            stdout().print(f"preset: {name}\n{text}", end="")
         return
     if command not in configs.COMMANDS:
         raise InputError(
@@ -70,9 +70,11 @@ def show(
     if as_json:
         show_json(resolved)
         return
+    import yaml
+
     about = configs.describe(configs.COMMANDS[command])
     console = stdout()
+    console.print(f"command: {command}")
     for key, value in resolved.items():
-        console.print(f"{key} = ", style="bold", end="")
-        console.print(repr(value))
-        console.print(f"    {about[key]}", style="dim")
+        console.print(f"# {about[key]}", style="dim")
+        console.print(yaml.safe_dump({key: value}, allow_unicode=True, width=1000).rstrip())

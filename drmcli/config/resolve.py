@@ -44,9 +44,7 @@ def preset_text(name: str) -> str:
 def preset_values(name: str, command: str) -> dict[str, Any]:
     """What a preset sets for a command: its `common` section and the command's own."""
     sections = yaml.safe_load(preset_text(name)) or {}
-    fields = field_names(COMMANDS[command])
-    common = {key: value for key, value in (sections.get("common") or {}).items() if key in fields}
-    return common | (sections.get(command) or {})
+    return _of_sections(sections, command)
 
 
 def field_names(cls: type) -> list[str]:
@@ -134,12 +132,22 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise InputError(
             f"--config {path}: holds no `key: value` lines", hint="`drm config show tiny` prints an example"
         )
+    if {"common", *COMMANDS} & set(values):  # in a preset's form, as `drm config show` prints it
+        whole = {key: value for key, value in values.items() if key not in ("common", *COMMANDS)}
+        values = whole | _of_sections(values, command)
     if strange := [key for key in values if not isinstance(key, str)]:
         raise InputError(f"--config {path}: {strange[0]!r} is no key", hint="`drm config show tiny` prints an example")
     wanted = values.pop("command", command)
     if wanted != command:
         raise InputError(f"--config {path}: written for `drm {wanted}`", hint=f"run `drm {wanted} --config {path}`")
     return values
+
+
+def _of_sections(sections: dict[str, Any], command: str) -> dict[str, Any]:
+    """What a file in a preset's form sets for a command: what it knows of `common`, and the command's own section."""
+    fields = field_names(COMMANDS[command])
+    common = {key: value for key, value in (sections.get("common") or {}).items() if key in fields}
+    return common | (sections.get(command) or {})
 
 
 def package_path(text: str) -> str:

@@ -147,10 +147,17 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         return {name: tensor for name, tensor in self.state_dict().items() if name in trained}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        folder = Path(save_directory)
+        self._write(Path(save_directory), self.saved_tensors())
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.saved_tensors().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """`save_pretrained` of tensors that were gathered before, where each process holds a part of the weights."""
+        self._write(folder, tensors)
+        self.generate_model_card().save(folder / "README.md")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         return model_card(self)

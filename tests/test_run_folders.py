@@ -243,7 +243,7 @@ def test_training_goes_on_from_an_older_checkpoint(tmp_path: Path, monkeypatch: 
     from drmcli.recipes import train_reward
 
     with monkeypatch.context() as m:
-        m.setattr(train_reward.Trainer, "finish", lambda self: (_ for _ in ()).throw(RunError("stopped", hint="")))
+        m.setattr(train_reward, "finish", lambda *_: (_ for _ in ()).throw(RunError("stopped", hint="")))
         assert drm(*flags, "--out", tmp_path / "o").code == 1
     newest = max((tmp_path / "o" / "checkpoints").glob("step-*"))
     flip(newest / "trained.safetensors")

@@ -17,12 +17,13 @@ from conftest import SMALL, write_pairs
 from safetensors.torch import load_file
 
 from drmcli.config import resolve
+from drmcli.data.batches import draw_sigmas
 from drmcli.errors import Interrupted, RunError
 from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
 from drmcli.losses import bradley_terry
 from drmcli.memory import SavedBytes
-from drmcli.recipes import train_reward
+from drmcli.recipes import learner, train_reward
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Silent
@@ -120,41 +121,6 @@ def test_accumulation_is_one_batch(tmp_path: Path) -> None:
     assert_close(weights(tmp_path / "one"), weights(tmp_path / "four"), atol=1e-4)
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    train(tmp_path / "one", steps=3, lr=1e-5, head_lr=1e-5)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "drmcli",
-        "train-reward",
-    ]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu", "--quiet"]
-    for key, value in (TINY | {"steps": 3, "lr": 1e-5, "head_lr": 1e-5}).items():
-        command += ["--set", f"{key}={json.dumps(value)}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = read(tmp_path / "one" / "metrics"), read(tmp_path / "two" / "metrics")
-    assert a["loss"].tolist() == pytest.approx(b["loss"].tolist(), abs=1e-5)
-    assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=1e-4)
-    accuracy = [json.loads((tmp_path / name / "summary.json").read_text())["eval_accuracy"] for name in ("one", "two")]
-    assert accuracy[0] == accuracy[1]
-
-
 def test_lora_saves_what_was_trained(tmp_path: Path, generator_folder: Path) -> None:
     train(tmp_path, backbone="lora", lora_rank=4)
     saved = weights(tmp_path)
@@ -193,12 +159,12 @@ def test_options_change_the_training(tmp_path: Path, flags: dict) -> None:
 def test_sigma_range_is_kept(tmp_path: Path) -> None:
     for density in ("uniform", "logit-normal"):
         c = config(tmp_path, sigma_density=density, sigma_min=0.2, sigma_max=0.6)
-        drawn = train_reward.draw_sigmas(c, 500, torch.Generator().manual_seed(0))
+        drawn = draw_sigmas(c, 500, torch.Generator().manual_seed(0))
         assert 0.2 <= drawn.min() < 0.3
         assert 0.5 < drawn.max() <= 0.6
-    assert train_reward.draw_sigmas(
-        config(tmp_path, sigma_density="fixed", sigma_max=0.4), 3, torch.Generator()
-    ).tolist() == (pytest.approx([0.4] * 3))
+    assert draw_sigmas(config(tmp_path, sigma_density="fixed", sigma_max=0.4), 3, torch.Generator()).tolist() == (
+        pytest.approx([0.4] * 3)
+    )
 
 
 def test_own_pairs_with_ties_and_weights(tmp_path: Path) -> None:
@@ -238,7 +204,7 @@ def test_loss_that_is_not_finite_names_the_step(tmp_path: Path, monkeypatch: pyt
         calls.append(1)
         return bradley_terry(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_reward, "bradley_terry", broken)
+    monkeypatch.setattr(learner, "bradley_terry", broken)
     with pytest.raises(RunError, match="step 2: the loss is not finite"):
         train(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-000002"]
@@ -269,8 +235,9 @@ def test_unfinished_run_is_found_without_out(tmp_path: Path, drm, monkeypatch: p
     enter = Interruptions.__enter__
 
     def asked(self: Interruptions) -> Interruptions:
-        self.asked = True
-        return enter(self)
+        entered = enter(self)
+        entered.asked = True
+        return entered
 
     with monkeypatch.context() as patch:
         patch.setattr(Interruptions, "__enter__", asked)

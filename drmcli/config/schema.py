@@ -135,6 +135,8 @@ class TrainReward(Common, Drawing, Data):
     """Decay of an exponential moving average of the trained weights, which is what is saved; 0 is off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    shard: bool = False
+    """Split weights, gradients and optimizer over the processes (FSDP 2) in place of a copy in each."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 only at the end."""
     eval_pairs: Positive = 1000

@@ -19,6 +19,7 @@ import torch
 
 from drmcli import results
 from drmcli.config import Bench, spoken
+from drmcli.data.batches import IndexedPairs
 from drmcli.data.datasets import DATASETS
 from drmcli.data.images import BadImage, load_image
 from drmcli.data.preferences import Preferences
@@ -28,7 +29,7 @@ from drmcli.measure.protocols import Pairs, accuracy, all_protocols, calibration
 from drmcli.measure.published import published
 from drmcli.plots import accuracy_by_noise, calibration_plot
 from drmcli.recipes import generated
-from drmcli.recipes.pairs import IndexedPairs, LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
+from drmcli.recipes.pairs import LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import Scorer, load_scorer, read_reference
 from drmcli.scorers.drm import RewardScorer

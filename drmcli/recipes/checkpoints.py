@@ -56,9 +56,16 @@ class Checkpoints:
             seal(part)
         retire_checkpoints(self.run, self.keep, set(also))
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Tensors and a state that JSON can hold (numbers that are not finite become null)."""
-        with self.saving(step) as part:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        also: set[int] = frozenset(),  # type: ignore[assignment]
+    ) -> None:
+        """Tensors and a state that JSON can hold (numbers that are not finite become null). also: see `saving`."""
+        with self.saving(step, also=also) as part:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
             (part / "state.json").write_text(json.dumps(finite(state), allow_nan=False) + "\n")
 

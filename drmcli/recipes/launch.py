@@ -55,13 +55,15 @@ def start_accelerator(config: Any, *, rounds: int) -> Accelerator:
     )
 
 
-def refuse_sharding(command: str) -> None:
+def refuse_sharding(
+    command: str, hint: str = "launch without it: every process holds the whole model; --train lora needs least memory"
+) -> None:
     """Raises InputError where `accelerate launch` shards weights and the command holds them whole in every process."""
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise InputError(
                 f"{variable}: drm {command} does not shard weights with {name}",
-                hint="launch without it: every process holds the whole model; --train lora needs least memory",
+                hint=hint,
             )
 
 

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from drmcli.config import package_path
 from drmcli.data import cache
+from drmcli.data.batches import EncodedPairs, IndexedPairs
 from drmcli.data.datasets import read
 from drmcli.data.preferences import Preferences
 from drmcli.errors import DrmError, InputError, RunError
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.noise import score_clean
 from drmcli.reward import RewardModel
-from drmcli.run import Reporter, Run, seed_of, write_text
+from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes
-
-GROUP_PAIRS = 12
-"""Pairs of one prompt that stay together in a batch, so that their pictures are scored once."""
 
 
 class LazyGenerator:
@@ -142,30 +140,6 @@ def first_pairs(data: Preferences, count: int) -> Preferences:
     return data.subset(np.arange(ends[np.searchsorted(ends, count - 1)] + 1))
 
 
-class IndexedPairs:
-    """Preference pairs as arrays [P] of positions."""
-
-    def __init__(self, data: Preferences):
-        pairs = data.pairs
-        self.data = data
-        self.prompt = pairs["prompt"].to_numpy(np.int64)
-        self.chosen = pairs["chosen"].to_numpy(np.int64)
-        self.rejected = pairs["rejected"].to_numpy(np.int64)
-        self.label = pairs["label"].to_numpy(np.float32)
-        self.weight = pairs["weight"].to_numpy(np.float32)
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-
-class EncodedPairs(IndexedPairs):
-    """The same with their encoded pictures and prompts."""
-
-    def __init__(self, data: Preferences, encoded: cache.Encoded):
-        super().__init__(data)
-        self.encoded = encoded
-
-
 def encode_pairs(
     data: Preferences,
     config: Any,
@@ -216,39 +190,6 @@ def encode_pairs(
         f"{data.name}: {cut} of {len(data.prompts)} prompts are longer than the text encoders read; their ends are cut"
     ]
     return EncodedPairs(data, encoded), lost, warnings if cut else []
-
-
-class PairStream:
-    """An endless shuffled stream of pair indices; pairs of one prompt come together. Any stretch can be had at any time."""
-
-    def __init__(self, prompt: np.ndarray, seed: int):
-        order = np.argsort(prompt, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(prompt[order]) != 0])
-        runs = np.diff(np.r_[starts, len(order)])
-        pieces = [
-            order[s + i : s + min(i + GROUP_PAIRS, n)]
-            for s, n in zip(starts, runs)
-            for i in range(0, int(n), GROUP_PAIRS)
-        ]
-        self.pieces = pieces
-        self.total = len(prompt)
-        self.seed = seed
-        self._epoch = -1
-        self._pairs = order
-
-    def take(self, start: int, count: int) -> np.ndarray:
-        """Pairs start .. start + count of the stream."""
-        out = []
-        while count > 0:
-            epoch, offset = divmod(start, self.total)
-            if epoch != self._epoch:
-                rng = np.random.default_rng(seed_of("order", self.seed, epoch))
-                self._pairs = np.concatenate([self.pieces[i] for i in rng.permutation(len(self.pieces))])
-                self._epoch = epoch
-            some = self._pairs[offset : offset + count]
-            out.append(some)
-            start, count = start + len(some), count - len(some)
-        return np.concatenate(out)
 
 
 class PairScorer:

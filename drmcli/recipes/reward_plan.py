@@ -1,0 +1,66 @@
+"""What `drm train-reward --dry-run` prints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from drmcli.config import TrainReward
+from drmcli.data.batches import micro_batches
+from drmcli.generator import pick_device, pick_dtype
+from drmcli.memory import plan_training
+from drmcli.recipes.initial import learns
+from drmcli.recipes.pairs import parse_ratio
+from drmcli.recipes.plan import describe_generator
+from drmcli.reward_config import RewardConfig
+from drmcli.tiny.shapes import GROUP
+
+
+def pictures_in(config: TrainReward, pairs: int) -> int:
+    """Pictures in a micro-batch of so many pairs: two a pair, but rankings share theirs, as those of `shapes` surely do."""
+    if all(parse_ratio(item)[0] == "shapes" for item in config.data):
+        return math.ceil(pairs * GROUP / math.comb(GROUP, 2))
+    return 2 * pairs
+
+
+def plan(config: TrainReward) -> dict[str, Any]:
+    """What `--dry-run` prints: sizes, memory with and without gradient checkpointing, what would be downloaded."""
+    known = describe_generator(config)
+    rounds, pairs = micro_batches(config, 1)
+    settings = RewardConfig(
+        base_model=config.generator,
+        transformer=known.transformer,
+        family=known.family.name,
+        drop_layers=config.drop_layers,
+        tap_layers=config.tap_layers,
+        head_width=config.head_width,
+        head_pool=config.head_pool,
+        backbone=learns(config),
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+    )
+    device = pick_device(config.device)
+    side = (config.resolution or known.image_size) // known.vae_factor
+    memory = plan_training(
+        settings,
+        images=pictures_in(config, pairs),
+        latent_side=side,
+        tokens=known.prompt_tokens,
+        mixed=pick_dtype(config.dtype, device),
+        ema=config.ema_decay > 0,
+        device_type=device.type,
+    )
+    return {
+        "steps": config.steps,
+        "pairs a step": config.batch_size,
+        "micro-batches a step": rounds,
+        "pictures a micro-batch, at most": pictures_in(config, pairs),
+        "image tokens": math.prod(known.family.grid(known.transformer, (side, side))),
+        "blocks kept": known.family.depth(known.transformer) - config.drop_layers,
+        "memory": memory.to_dict()
+        | {
+            "total": memory.total(checkpointed=False, cuda=device.type == "cuda"),
+            "total_checkpointed": memory.total(checkpointed=True, cuda=device.type == "cuda"),
+        },
+        "download": known.download,
+    }

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,10 +82,8 @@ def summaries(folder: Path, name: str) -> list[list[dict]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run_together(folder: Path) -> None:
     """All runs of two processes on one machine, and the same by one process."""
-    folder = tmp_path_factory.mktemp("together")
     broken = write_pairs(folder / "data", 12)
     (broken.parent / "3-b.png").write_bytes(b"nonsense")
     own = {"data": [str(broken)], "max_bad": 50.0, "batch_size": 8, "cache_dir": str(folder / "cache")}
@@ -108,11 +105,19 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         train_reward.run(resolve("train-reward", flags=flags), Silent())
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
-    yield folder
 
 
-@pytest.mark.parametrize("name", ["copies", "split", "split-lora", "own"])
-def test_two_processes_are_one(together: Path, name: str) -> None:
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """One test for all, since the processes take seconds to start: copies, split weights, a LoRA, bad pictures, a stop, checkpoints."""
+    run_together(tmp_path)
+    for name in ("copies", "split", "split-lora", "own"):
+        same_in_one_and_two(tmp_path, name)
+    bad_pictures_are_the_same_for_all(tmp_path)
+    a_stop_of_one_is_a_stop_of_all_and_goes_on(tmp_path)
+    checkpoints_do_not_show_the_number_of_processes(tmp_path)
+
+
+def same_in_one_and_two(together: Path, name: str) -> None:
     (first,), (second,) = summaries(together, name)
     assert "stopped" not in first, first
     assert all(first[key] == value for key, value in second.items() if key != "seconds")
@@ -127,7 +132,7 @@ def test_two_processes_are_one(together: Path, name: str) -> None:
     assert log.count("started, run") == 1, log
 
 
-def test_bad_pictures_are_the_same_for_all(together: Path) -> None:
+def bad_pictures_are_the_same_for_all(together: Path) -> None:
     for name in ("own", "one-own"):
         assert (together / name / "bad_images.txt").read_text().startswith("3-b.png: ")
     assert [rows[0]["train_pairs"] for rows in summaries(together, "own")] == [
@@ -135,15 +140,15 @@ def test_bad_pictures_are_the_same_for_all(together: Path) -> None:
     ] * 2
 
 
-def test_a_stop_of_one_is_a_stop_of_all_and_goes_on(together: Path) -> None:
+def a_stop_of_one_is_a_stop_of_all_and_goes_on(together: Path) -> None:
     for rows in summaries(together, "stop"):
         assert "step 2 of 3 is saved" in rows[0]["stopped"]
         assert rows[1]["steps"] == 3
     assert_close(weights(together / "one-stop"), weights(together / "stop"), atol=1e-4)
 
 
-def test_one_process_goes_on_with_what_two_began(together: Path, tmp_path: Path) -> None:
-    """A checkpoint is whole: the number of processes may change."""
+def checkpoints_do_not_show_the_number_of_processes(together: Path) -> None:
+    """They are whole, so another number of processes may go on."""
     step = next((together / "split" / "checkpoints").iterdir())
     kept = load_file(step / "state.safetensors")
     one = next((together / "one-split" / "checkpoints").iterdir())

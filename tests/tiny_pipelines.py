@@ -22,6 +22,11 @@ CHAT = (
 )
 
 
+def through_vae(pipe: Any, pixels: Tensor) -> Tensor:
+    """Pictures encoded and decoded by the VAE alone."""
+    return pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+
+
 @dataclass
 class Tiny:
     """How a family's tiny pipeline is made and called."""
@@ -40,6 +45,7 @@ class Tiny:
     """Height and width in pixels."""
     length: int = 24
     """max_sequence_length."""
+    through_vae: Callable[[Any, Tensor], Tensor] = through_vae
 
 
 def tokenizer(length: int = 77) -> Any:

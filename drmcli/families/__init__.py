@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "QwenImagePipeline": "qwen_image",
     "ZImagePipeline": "z_image",
+    "SanaPipeline": "sana",
+    "Lumina2Pipeline": "lumina2",
 }
 """The module of this folder for each pipeline class, as model_index.json names it. A module's family is its `FAMILY`."""
 

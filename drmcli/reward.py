@@ -39,6 +39,9 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
     Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, save with `save_pretrained`.
     """
 
+    picture_sigma = 0.25
+    """Noise level at which finished pictures are judged where nobody says another."""
+
     def __init__(self, config: RewardConfig, transformer: Any):
         super().__init__()
         self.config = config

@@ -69,9 +69,11 @@ class Named:
 
     about: str
     """What it gives, where its weights are, their licence."""
-    loader: str
+    loader: str = ""
     """`module:function`, called as function(source, device, dtype), or the scoring function itself where there are no weights."""
     weights: bool = True
+    states: bool = False
+    """Is it a reward model that judges noisy latents too?"""
     check: str | None = None
     """`module:function` that raises InputError for prompts that cannot be judged."""
 
@@ -95,6 +97,11 @@ TABLE = {
     "hpsv3": Named(
         "Human Preference Score v3 on Qwen2-VL-7B, mean of the score (MizzenAI/HPSv3, MIT)",
         "drmcli.scorers.hpsv3:hpsv3",
+    ),
+    "dina-lrm": Named(
+        "DiNa-LRM on Stable Diffusion 3.5 Medium, noisy latents too; 2.3 B parameters of a gated base, 0.9 GB of its own "
+        "(liuhuohuo/DiNa-LRM-SD35M-12layers, Apache-2.0; the base's licence binds)",
+        states=True,
     ),
     "shapes": Named(
         "the judge of the embedded world, 0 to 1 (no weights)",
@@ -150,17 +157,17 @@ def load_scorer(
     dtype: torch.dtype,
     flag: str = "--scorer",
     attention: str = "sdpa",
-    sigma: float = 0.25,
+    sigma: float | None = None,
     noise_samples: int = 4,
     seed: int = 0,
 ) -> Scorer:
     """A scorer by whatever names it; see `read_reference`. A reward model comes as a `StateScorer`.
 
-    sigma, noise_samples, seed: how a reward model judges finished pictures; other scorers have no such choice. Raises what
-    `read_reference` does, InputError for weights of another kind, MissingError for weights that are not there.
+    sigma, noise_samples, seed: how a reward model judges finished pictures (sigma None: where it does best); others have no such
+    choice. Raises what `read_reference` does, InputError for weights of another kind, MissingError for weights that are not there.
     """
     ref = read_reference(text, flag)
-    if ref.kind == "model":
+    if ref.kind == "model" or (ref.kind == "named" and TABLE[ref.name].states):
         from drmcli.scorers.drm import RewardScorer
 
         return RewardScorer.load(
@@ -170,7 +177,7 @@ def load_scorer(
     if ref.kind == "server":
         from drmcli.scorers.remote import connect
 
-        return connect(text, flag=flag, sigma=sigma, noise_samples=noise_samples, seed=seed)
+        return connect(text, flag=flag, sigma=0.25 if sigma is None else sigma, noise_samples=noise_samples, seed=seed)
     from drmcli.scorers import plain
 
     if ref.kind == "function":

@@ -7,15 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from drmcli.config import package_path
 from drmcli.encoders import share
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
+from drmcli.scorers import dina
+
+
+def published(ref: str) -> tuple[Any, str]:
+    """The class that reads a public reward model and where it is: by name, NAME=FOLDER, hub id, or a folder in its layout.
+
+    (None, ref) for a reward model in drm's own layout.
+    """
+    name, _, folder = ref.partition("=")
+    place = package_path(ref)
+    for kind, known, repository, holds in ((dina.DiNaLRM, "dina-lrm", dina.REPOSITORY, dina.is_published_layout),):
+        if Path(place).is_dir():
+            if holds(place):
+                return kind, place
+        elif name == known or ref == repository:
+            return kind, folder or repository
+    return None, ref
 
 
 @dataclass
@@ -41,13 +60,20 @@ class RewardScorer:
         dtype: torch.dtype,
         flag: str = "--reward",
         attention: str = "sdpa",
-        sigma: float = 0.25,
+        sigma: float | None = None,
         noise_samples: int = 4,
         seed: int = 0,
     ) -> RewardScorer:
-        """From a folder or the hub. Raises what `RewardModel.from_pretrained` does."""
-        model = RewardModel.from_pretrained(ref, device=device, dtype=dtype, attention=attention, flag=flag)
-        return cls(ref, model, sigma, noise_samples, seed)
+        """From a folder or the hub, in drm's layout or that of a public reward model; sigma None: where the model judges pictures best.
+
+        Raises what `RewardModel.from_pretrained` does.
+        """
+        kind, source = published(ref)
+        if kind is None:
+            model = RewardModel.from_pretrained(source, device=device, dtype=dtype, attention=attention, flag=flag)
+        else:
+            model = kind.load(source, device=device, dtype=dtype, attention=attention, flag=flag)
+        return cls(ref, model, model.picture_sigma if sigma is None else sigma, noise_samples, seed)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B], float32 on the CPU."""

@@ -289,7 +289,7 @@ def test_without_a_reward_model(tmp_path: Path, drm) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "PROMPT: none"),
+        (["--preset", "tiny"], "PROMPT: none"),
         ([" "], "a prompt is empty"),
         (["x", "--height", "33"], "--height 33: not a multiple of 4"),
         (["x", "--height", "4096", "--width", "4096"], "too many pixels"),

@@ -16,7 +16,7 @@ EXAMPLE = "a large red circle above a small blue square"
 @o.command(
     "sample",
     "num_images steps guidance_scale negative_prompt height width lora",
-    Search="mode budget beams starts keep refine step_rule noise_level branch_sigmas combine trace tune judge",
+    Search="mode budget beams starts refine step_rule noise_level combine trace tune",
 )
 def sample(
     prompts: Annotated[
@@ -34,7 +34,7 @@ def sample(
         typer.Option(
             "--reward",
             metavar="SCORER[=WEIGHT]",
-            help="What chooses: a reward model, a scorer's name, module:function, or none; may be repeated.",
+            help="What chooses: any scorer, or none; repeatable.",
             rich_help_panel=o.MODEL,
         ),
     ] = None,

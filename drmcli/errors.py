@@ -18,6 +18,10 @@ class DrmError(Exception):
         self.hint = hint
 
 
+class DrmWarning(UserWarning):
+    """Something that was left out or taken otherwise than written. The command line shows it as a line `warning: ...`."""
+
+
 class RunError(DrmError):
     """The run itself failed: a loss that is not finite, a full disk, too many bad images."""
 
@@ -40,3 +44,11 @@ class Interrupted(DrmError):
     """Ctrl-C or SIGTERM; progress is saved."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU, where PyTorch raises a RuntimeError for it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        mark in said for mark in ("out of memory", "allocate memory", "bad_alloc")
+    )

@@ -37,7 +37,7 @@ def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str 
     where = local_or_hub(ref, flag)
     with explained(ref, flag), quiet_hub():
         index = reach(where, revision)
-        listed = json.loads(index.read_text())
+        listed = json.loads(index.read_text(encoding="utf-8"))
         present = [name for name in names if listed.get(name, [None, None])[0] is not None]
         absent = [name for name in present if not any((index.parent / name).glob("*.json"))]
         if absent and not Path(where).is_dir():

@@ -153,7 +153,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         self._write(Path(save_directory), self.saved_tensors())
 
     def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 

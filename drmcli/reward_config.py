@@ -56,7 +56,7 @@ class RewardConfig:
 def read_config(folder: Path, where: str) -> RewardConfig:
     """config.json of a saved reward model. Raises InputError when it is missing, damaged or of another kind."""
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{where}: holds no config.json", hint="give the `reward` folder of a train-reward run"

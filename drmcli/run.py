@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -104,11 +105,23 @@ class Run:
         self.reporter.warn(text)
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json, the mark of a finished run, and return it with the keys that every command gives."""
-        summary = {"command": self.command, "run": str(self.folder)} | summary
+        """Write summary.json, the mark of a finished run, and return it with the keys that every command gives.
+
+        What does not exist, such as the interval of a single pair, is null and not NaN, which JSON has not.
+        """
+        summary = _known({"command": self.command, "run": str(self.folder)} | summary)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         self.log("finished")
         return summary
+
+
+def _known(value: Any) -> Any:
+    """The value with None in place of numbers that are none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _known(part) for key, part in value.items()}
+    return [_known(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager

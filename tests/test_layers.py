@@ -146,3 +146,32 @@ def test_families_import_nothing_above_flow() -> None:
         if name.startswith("families"):
             ours = {m.removeprefix("drmcli.") for m in imports(tree) if m.startswith("drmcli.")}
             assert all(m.split(".")[0] in ("errors", "flow", "families") for m in ours), (name, ours)
+
+
+def test_text_is_utf8_whatever_the_locale() -> None:
+    """Every open, read_text and write_text names its encoding, but for files of bytes and the openers of other libraries."""
+    names = {"open", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile"}
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+            if called not in names or owner in (
+                "Image",
+                "tarfile",
+                "zipfile",
+                "webbrowser",
+                "packed",
+                "os",
+                "cls",
+                "self",
+            ):
+                continue
+            if owner.endswith(("Studio", "PIL.Image")) or (
+                called in ("read_text", "write_text") and not owner
+            ):  # our own
+                continue
+            texts = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+            binary = any(isinstance(t, str) and "b" in t and len(t) <= 3 for t in texts)
+            assert binary or any(k.arg == "encoding" for k in node.keywords), f"{name}: {ast.unparse(node)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from typer.core import TyperGroup
 from drmcli import __version__, signals
 from drmcli.cli import bench, config, data, demo, doctor, grpo, reproduce, sample, score, serve, show, train_reward
 from drmcli.cli.options import Command
-from drmcli.errors import DrmError, Interrupted
+from drmcli.errors import DrmError, Interrupted, is_out_of_memory
 from drmcli.files import ROOM, disk_is_full
 
 
@@ -87,7 +88,7 @@ def root(
 
 def invoke(argv: list[str]) -> int:
     """Run one command. Returns the exit code: see `drmcli.errors`."""
-    from drmcli.cli.output import Stdout, show_error
+    from drmcli.cli.output import Stdout, show_error, show_warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices on import are not ours to show
@@ -99,7 +100,8 @@ def invoke(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):  # a name that is not UTF-8, or a terminal that is not, ends no run
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
-    with signals.watched():
+    with signals.watched(), warnings.catch_warnings():
+        show_warnings()
         try:
             with contextlib.redirect_stdout(out):  # type: ignore[type-var]
                 everything = "--help-all" in argv
@@ -148,8 +150,7 @@ def explain(error: BaseException) -> Told:
             return Told("", "", 0)
         command = getattr(getattr(error, "ctx", None), "command_path", "drm")
         return Told(message, f"`{command} --help` lists what there is", 2)
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+    if is_out_of_memory(error):
         fact = f": {error}" if str(error) else ""
         hint = "use smaller sizes or batches (--set micro_batch_size=..., gradient_checkpointing=true); --dry-run prints a memory plan"
         return Told(f"out of memory{fact}", hint, 1)

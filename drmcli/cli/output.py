@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from drmcli.errors import DrmWarning
 
 PLAIN_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -99,6 +102,9 @@ class Screen:
         self.said: dict[str, float] = {}
 
     def __enter__(self) -> Screen:
+        # Until the work is done stdout is stderr: what a library or a scorer of the user's prints must not get into --json.
+        self._away = contextlib.redirect_stdout(sys.stderr)
+        self._away.__enter__()
         if self.console.is_terminal and not self.quiet:
             self.bars = Progress(
                 SpinnerColumn(),
@@ -118,6 +124,7 @@ class Screen:
         if self.bars:
             self._busy_no_more()
             self.bars.stop()
+        self._away.__exit__(None, None, None)
 
     def busy(self, text: str) -> None:
         """A line that turns until the first progress is told: imports and loads take seconds."""
@@ -164,6 +171,21 @@ def plain(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = f"{text[: limit - 100]} ... {text[-90:]}"
     return text
+
+
+def show_warnings() -> None:
+    """From now on, the package's own warnings are lines of stderr like those of a run."""
+    others = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DrmWarning):
+            Screen().warn(str(message))
+        else:
+            others(message, category, *where, **more)
+
+    warnings.simplefilter("always", DrmWarning)
+    warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")  # of metadata; a damaged picture is an error of ours
+    warnings.showwarning = show
 
 
 def show_json(summary: dict[str, Any]) -> None:

@@ -87,6 +87,12 @@ def train_reward(s: dict[str, Any]) -> None:
     console.print(f"next: drm bench --reward {s['reward']}")
 
 
+def span(ci95: list[float | None], form: str) -> str:
+    """An interval in words; a dash where there is none, as of a single pair."""
+    low, high = ci95
+    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
 def geneval(s: dict[str, Any]) -> None:
     console = stdout()
     made = table(
@@ -98,9 +104,8 @@ def geneval(s: dict[str, Any]) -> None:
         "95 % interval",
     )
     for row in s["tasks"]:
-        lo, hi = row["ci95"]
         made.add_row(
-            row["task"], str(row["n"]), str(row["correct"]), f"{row['accuracy']:.1f} %", f"{lo:.1f} to {hi:.1f}"
+            row["task"], str(row["n"]), str(row["correct"]), f"{row['accuracy']:.1f} %", span(row["ci95"], ".1f")
         )
     console.print(made)
     if s["tasks_left_out"]:
@@ -122,11 +127,10 @@ def generator(s: dict[str, Any]) -> None:
     for row in s["scorers"]:
         cells = [f"{row['before']:.3f}"]
         if s["lora"]:
-            lo, hi = row["difference_ci95"]
             cells += [
                 f"{row['after']:.3f}",
                 f"{row['difference']:+.3f}",
-                f"{lo:+.3f} to {hi:+.3f}",
+                span(row["difference_ci95"], "+.3f"),
                 f"{row['win_rate']:.0f} %",
             ]
         made.add_row(spoken(row["scorer"]), *cells)
@@ -145,7 +149,7 @@ def bench(s: dict[str, Any]) -> None:
         names = [part["dataset"] for part in s["datasets"]]
         made = table("accuracy by each dataset's own protocol, 95 % interval", "", *names)
         for row in s["table"]:
-            cells = [f"{row[n]['accuracy']:.2f} % ({row[n]['ci95'][0]:.1f} to {row[n]['ci95'][1]:.1f})" for n in names]
+            cells = [f"{row[n]['accuracy']:.2f} % ({span(row[n]['ci95'], '.1f')})" for n in names]
             made.add_row(spoken(row["scorer"]), *cells)
         console.print(made)
         console.print(f"every convention, breakdown and picture is in the folders of {s['run']}")
@@ -163,9 +167,11 @@ def bench(s: dict[str, Any]) -> None:
         "",
     )
     for name, value in s["protocols"].items():
-        lo, hi = s["protocols_ci95"][name]
         made.add_row(
-            name, f"{value:.2f} %", f"{lo:.1f} to {hi:.1f}", "the dataset's own" if name == s["protocol"] else ""
+            name,
+            f"{value:.2f} %",
+            span(s["protocols_ci95"][name], ".1f"),
+            "the dataset's own" if name == s["protocol"] else "",
         )
     console.print(made)
     console.print(
@@ -175,19 +181,20 @@ def bench(s: dict[str, Any]) -> None:
     if len(s["scorers"]) > 1:
         made = table("\non the same pairs", "", "accuracy", "95 % interval", "less the first", "p", "pictures/s", "GiB")
         for i, row in enumerate(s["scorers"]):
-            (lo, hi), (a, b) = row["ci95"], row["difference_ci95"]
-            gap = ("", "") if i == 0 else (f"{row['difference']:+.2f} ({a:+.1f} to {b:+.1f})", f"{row['p_value']:.2g}")
+            gap = ("", "")
+            if i:
+                p = "-" if row["p_value"] is None else f"{row['p_value']:.2g}"
+                gap = (f"{row['difference']:+.2f} ({span(row['difference_ci95'], '+.1f')})", p)
             memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
             made.add_row(
-                f"{spoken(row['scorer'])} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}", *gap,
+                f"{spoken(row['scorer'])} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", span(row["ci95"], ".1f"), *gap,
                 f"{row['images_per_second']:.0f}", memory,
             )  # fmt: skip
         console.print(made)
     for title, rows in s["breakdown"].items():
         made = table(f"\nby {title}", title, "pairs", "accuracy", "95 % interval")
         for row in rows[:20]:
-            lo, hi = row["ci95"]
-            made.add_row(row["name"], str(row["n_pairs"]), f"{row['accuracy']:.2f} %", f"{lo:.1f} to {hi:.1f}")
+            made.add_row(row["name"], str(row["n_pairs"]), f"{row['accuracy']:.2f} %", span(row["ci95"], ".1f"))
         console.print(made)
         if len(rows) > 20:
             console.print(f"... and {len(rows) - 20} more in summary.json")
@@ -280,8 +287,8 @@ def grpo(s: dict[str, Any]) -> None:
     )
     for name, title in (("reward", "reward"), ("judge", "judge")):
         if s[f"{name}_before"] is not None:
-            lo, hi = s[f"{name}_gain_ci95"]
-            made.add_row(title, f"{s[f'{name}_before']:.3f}", f"{s[f'{name}_after']:.3f}", f"{lo:+.3f} to {hi:+.3f}")
+            gain = span(s[f"{name}_gain_ci95"], "+.3f")
+            made.add_row(title, f"{s[f'{name}_before']:.3f}", f"{s[f'{name}_after']:.3f}", gain)
     made.add_row("diversity", f"{s['diversity_before']:.3f}", f"{s['diversity_after']:.3f}", "")
     console.print(made)
     if s["stopped"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -73,12 +72,11 @@ def sample(
 
 def _prompts(prompts: list[str] | None, file: str | None) -> list[str] | None:
     from drmcli.data.prompts import read_prompts
+    from drmcli.data.text import lines, read_stdin
 
-    given = [
-        text
-        for prompt in prompts or []
-        for text in ([line.strip() for line in sys.stdin if line.strip()] if prompt == "-" else [prompt])
-    ]
+    given: list[str] = []
+    for prompt in prompts or []:
+        given += [line.strip() for line in lines(read_stdin("PROMPT -")) if line.strip()] if prompt == "-" else [prompt]
     if file is not None:
         given += read_prompts(file)
     return given or None

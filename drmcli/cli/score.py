@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -39,24 +38,19 @@ def score(
 
 def _paths(images: list[str] | None) -> list[str] | None:
     if images and "-" in images:
-        piped = [line.strip() for line in sys.stdin if line.strip()]
+        from drmcli.data.text import lines, read_stdin
+
+        piped = [line for line in lines(read_stdin("IMAGE -")) if line.strip()]
         return [path for name in images for path in (piped if name == "-" else [name])]
     return images or None
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str] | None:
-    from pathlib import Path
-
+    from drmcli.data.prompts import read_prompts
     from drmcli.errors import InputError
 
     if prompt is not None and file is not None:
         raise InputError("--prompts: given together with --prompt", hint="use one of them")
     if file is None:
         return None if prompt is None else [prompt]
-    try:
-        lines = Path(file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--prompts {file}: cannot be read: {error}", hint="give a text file with a prompt a line"
-        ) from None
-    return [line for line in lines if line.strip()]
+    return read_prompts(file, every=True)

@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import drmcli
 from drmcli.config.commands import COMMANDS, SINGULAR
+from drmcli.data.text import cut, dump_yaml, parse_yaml, read_text, repaired, short, sound
 from drmcli.errors import InputError, MissingError
 
 C = TypeVar("C")
@@ -36,14 +36,14 @@ def preset_text(name: str) -> str:
     """A preset's YAML with the comments of its header. Raises InputError for an unknown name."""
     if name not in preset_names():
         raise InputError(
-            f"--preset: there is no preset {name!r}", hint=_closest(name, preset_names(), "see `drm config list`")
+            f"--preset: there is no preset {short(name)}", hint=_closest(name, preset_names(), "see `drm config list`")
         )
-    return (resources.files("drmcli.config.presets") / f"{name}.yaml").read_text()
+    return (resources.files("drmcli.config.presets") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def preset_values(name: str, command: str) -> dict[str, Any]:
     """What a preset sets for a command: its `common` section and the command's own."""
-    sections = yaml.safe_load(preset_text(name)) or {}
+    sections = parse_yaml(preset_text(name), f"--preset {name}") or {}
     return _of_sections(sections, command)
 
 
@@ -74,25 +74,49 @@ def resolve(
         values = preset_values(name, command) | {"preset": name}
     values |= {key: value for key, value in loaded.items() if key != "preset"}
     values |= {key: value for key, value in assigned if key != "preset"} | given
-    sources = dict.fromkeys(loaded, file) | {k: f"--set {k}" for k, _ in assigned}
+    sources = dict.fromkeys(loaded, f"--config {file}") | {k: f"--set {k}" for k, _ in assigned}
     sources |= {k: "--" + SINGULAR.get((command, k), k).replace("_", "-") for k in given}
     return build(cls, values, sources)
 
 
 def build(cls: type[C], values: dict[str, Any], sources: dict[str, Any] | None = None) -> C:
     """Validate values into a config. Raises InputError with the key, its source and the fact."""
+    sources = sources or {}
     for key in values:
-        _known(key, cls, (sources or {}).get(key))
+        _known(key, cls, sources.get(key))
+    values = {key: _sound(value, sources.get(key) or key) for key, value in values.items()}
+    for key, value in values.items():  # pydantic takes True for the number 1
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, bool) for part in parts) and "bool" not in str(_annotations(cls)[key]):
+            raise InputError(
+                f"{sources.get(key) or key}: {short(value)} is no value of {key}", hint=f"{key}: {describe(cls)[key]}"
+            )
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # a rule about several keys, whose text names them
+            raise InputError(first["msg"].removeprefix("Value error, "), hint="see --help") from None
         key = str(first["loc"][0])
-        where = (sources or {}).get(key) or key
+        where = str(sources.get(key) or key)
+        names_key = where.lstrip("-").removeprefix("set ").replace("-", "_") in (key, key.removesuffix("s"))
+        fact = first["msg"].replace("Input should", "must").replace("should", "must")
+        entry = f"entry {first['loc'][1] + 1} " if len(first["loc"]) > 1 and isinstance(first["loc"][1], int) else ""
         raise InputError(
-            f"{where}: {key} {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            f"{where}: {'' if names_key else key + ' '}{entry}{fact[0].lower()}{fact[1:]}, got {short(first['input'])}",
             hint=f"{key}: {describe(cls)[key]}",
         ) from None
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def _sound(value: Any, where: str) -> Any:
+    """The value, its texts checked to be UTF-8; what a locale without it has taken apart is put together."""
+    if isinstance(value, str):
+        return sound(repaired(value), where)
+    return [_sound(part, where) for part in value] if isinstance(value, list) else value
 
 
 def describe(cls: type) -> dict[str, str]:
@@ -111,23 +135,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any, command: str) -> str:
     """A config as the YAML that `--config` reads."""
-    return yaml.safe_dump({"command": command, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+    return dump_yaml({"command": command, **to_dict(config)})
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:
     """A YAML file of config keys; `command:` in it must be this command."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"--config {path}: there is no such file", hint="give a YAML file, such as a run's config.yaml"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--config {path}: not YAML: {' '.join(str(error).split())}", hint="write `key: value` lines"
-        ) from None
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}", hint="check the path and its permissions") from None
+    name = f"--config {path}"
+    values = parse_yaml(read_text(path, name=name, hint="give a YAML file, such as a run's config.yaml"), name)
     if not isinstance(values, dict):
         raise InputError(
             f"--config {path}: holds no `key: value` lines", hint="`drm config show tiny` prints an example"
@@ -136,10 +150,15 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         whole = {key: value for key, value in values.items() if key not in ("common", *COMMANDS)}
         values = whole | _of_sections(values, command)
     if strange := [key for key in values if not isinstance(key, str)]:
-        raise InputError(f"--config {path}: {strange[0]!r} is no key", hint="`drm config show tiny` prints an example")
+        raise InputError(
+            f"--config {path}: {short(strange[0])} is no key", hint="`drm config show tiny` prints an example"
+        )
     wanted = values.pop("command", command)
     if wanted != command:
-        raise InputError(f"--config {path}: written for `drm {wanted}`", hint=f"run `drm {wanted} --config {path}`")
+        raise InputError(
+            f"--config {path}: written for `drm {cut(str(wanted))}`",
+            hint=f"run `drm {cut(str(wanted))} --config {path}`",
+        )
     return values
 
 
@@ -193,27 +212,17 @@ def _assignment(item: str, cls: type) -> tuple[str, Any]:
     key, mark, value = item.partition("=")
     key = key.strip().replace("-", "_")
     if not mark:
-        raise InputError(f"--set {item}: not of the form key=value", hint="for example --set steps=100")
+        raise InputError(f"--set {cut(item)}: not of the form key=value", hint="for example --set steps=100")
     _known(key, cls, f"--set {key}")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(
-            f"--set {item}: the value is not YAML", hint="quote it, for example --set 'name=\"a: b\"'"
-        ) from None
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            pass
-    return key, parsed
+    hint = "quote it, for example --set 'name=\"a: b\"'"
+    return key, parse_yaml(sound(repaired(value), f"--set {key}"), f"--set {key}: the value", hint=hint)
 
 
 def _known(key: str, cls: type, source: Any) -> None:
     if key not in field_names(cls):
         where = source or key
         hint = _closest(key, field_names(cls), "`drm config show tiny` lists the keys")
-        raise InputError(f"{where}: there is no key {key!r}", hint=hint)
+        raise InputError(f"{where}: there is no key {short(key)}", hint=hint)
 
 
 def _closest(name: str, names: list[str], otherwise: str) -> str:

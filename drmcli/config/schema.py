@@ -7,9 +7,25 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
+NonNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
+"""Of pictures, prompts, pairs in memory at once."""
+Many = Annotated[int, Field(gt=0, le=1_000_000_000)]
+"""Of what is counted on and never held: optimizer steps, pairs of a dataset."""
+Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
+"""Steps between two things; 0 has a meaning of its own."""
+SamplingSteps = Annotated[int, Field(gt=0, le=10_000)]
+Width = Annotated[int, Field(gt=0, le=65_536)]
+"""Of a layer, a LoRA's rank."""
+Pixels = Annotated[int, Field(gt=0, le=65_536)]
+Layer = Annotated[int, Field(ge=0, le=10_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+"""The seeds after it must fit an int64 column too."""
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
 strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -23,7 +39,7 @@ class Common:
     """Preset that was asked for; `drm config list` names them."""
     out: str | None = None
     """Run folder; None is runs/<command>-<time>."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of everything random."""
     device: str = "auto"
     """auto, cuda, cuda:1 or cpu; auto takes a GPU where there is one."""
@@ -31,7 +47,7 @@ class Common:
     """Number format of frozen weights and mixed precision; auto is bf16 on CUDA and fp32 on the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernels; xformers needs the extra of that name and CUDA."""
-    resolution: Positive | None = None
+    resolution: Pixels | None = None
     """Side of the square that images are cropped and resized to, pixels; None is the generator's own size."""
     resume: bool = True
     """Go on with an unfinished run in the same folder."""
@@ -47,7 +63,7 @@ class Drawing:
     """Text-to-image pipeline: a folder in Hugging Face layout or a hub id. Empty: the preset's."""
     revision: str | None = None
     """Revision of a generator on the hub; None is its main branch."""
-    max_sequence_length: NonNegative = 256
+    max_sequence_length: Annotated[int, Field(ge=0, le=4096)] = 256
     """Tokens of the T5 part of a prompt; where there is no T5, SD3 puts as many zeros there."""
     text_encoder_3: bool = True
     """False leaves the T5 encoder unloaded (zeros instead): 9 GB less, slightly different scores."""
@@ -61,13 +77,13 @@ class Data:
     """Cache of encoded images and prompts; None is $DRM_CACHE or ~/.cache/drmcli."""
     data_dir: str | None = None
     """Folder that holds a published dataset in its published layout."""
-    shapes_prompts: Positive = 1200
+    shapes_prompts: Count = 1200
     """Captions of the procedural dataset `shapes`, four pictures each."""
     shapes_generated: Share = 0.1
     """Share of these captions whose pictures are the generator's own samples."""
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Percent of damaged or missing images above which the run stops."""
-    encode_batch_size: Positive = 64
+    encode_batch_size: Count = 64
     """Images that go through the VAE, and prompts through the text encoders, at once."""
     allow_outside: bool = False
     """Let a data file name images outside its own folder."""
@@ -77,7 +93,7 @@ class Data:
 class TrainReward(Common, Drawing, Data):
     """`drm train-reward`."""
 
-    data: list[str] = Field(default_factory=lambda: ["shapes"])
+    data: list[str] = Field(default_factory=lambda: ["shapes"], min_length=1)
     """Datasets or files, mixed; `NAME=0.3` gives a ratio of the draws."""
     eval_data: list[str] = Field(default_factory=list)
     """Held-out datasets or files; empty: the test part of `shapes`, else prompts held out of the data."""
@@ -85,21 +101,21 @@ class TrainReward(Common, Drawing, Data):
     """What to start from: pretrained, the generator's transformer; random, the same without its weights; or a saved reward model."""
     backbone: Literal["full", "lora", "frozen", "head"] = "full"
     """What of the backbone is trained; head (or frozen) trains the head alone."""
-    lora_rank: Positive = 64
+    lora_rank: Width = 64
     """Rank of the backbone's LoRA."""
-    lora_alpha: Positive = 128
+    lora_alpha: Width = 128
     """Scale of the backbone's LoRA, alpha / rank."""
-    drop_layers: NonNegative = 3
+    drop_layers: Layer = 3
     """Transformer blocks cut off at the end (3 of 24 in the paper)."""
-    tap_layers: list[int] | None = None
+    tap_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     """Blocks whose image tokens the head reads, counted from 0; None is the last kept one."""
-    head_width: Positive = 512
+    head_width: Width = 512
     """Width of the head's tokens and convolution."""
     head_pool: Literal["mean", "attention"] = "mean"
     """Pooling over the grid."""
     loss: Literal["bradley-terry", "thurstone"] = "bradley-terry"
     """Preference loss."""
-    margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    margin: Finite = 0.0
     """Score difference by which Bradley-Terry wants the chosen image ahead."""
     shared_noise: bool = True
     """The images of a prompt share their noise; False draws it for each."""
@@ -109,15 +125,15 @@ class TrainReward(Common, Drawing, Data):
     """Lower end of the noise levels."""
     sigma_max: Sigma = 1.0
     """Upper end of the noise levels."""
-    logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    logit_mean: Finite = 0.0
     """Mean of the logit-normal density."""
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    logit_std: Above = 1.0
     """Standard deviation of the logit-normal density."""
-    steps: Positive = 1000
+    steps: Many = 1000
     """Optimizer steps."""
-    batch_size: Positive = 128
+    batch_size: Count = 128
     """Pairs an optimizer step, over all processes and accumulation."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Count | None = None
     """Pairs a forward pass of one process; None is as many as the batch gives it."""
     lr: Rate = 1e-5
     """Learning rate of the backbone."""
@@ -125,7 +141,7 @@ class TrainReward(Common, Drawing, Data):
     """Learning rate of the head; None is the backbone's."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: Interval = 0
     """Steps of linear warm-up."""
     weight_decay: Rate = 0.01
     """AdamW's weight decay."""
@@ -137,21 +153,21 @@ class TrainReward(Common, Drawing, Data):
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard: bool = False
     """Split weights, gradients and optimizer over the processes (FSDP 2) in place of a copy in each."""
-    eval_every: NonNegative = 0
+    eval_every: Interval = 0
     """Steps between evaluations; 0 only at the end."""
-    eval_pairs: Positive = 1000
+    eval_pairs: Many = 1000
     """Held-out pairs that are evaluated."""
-    eval_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9])
+    eval_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1, max_length=1000)
     """Noise levels of the evaluation."""
     eval_sigma: Sigma = 0.25
     """Noise level of the headline accuracy, and of the choice of the best checkpoint."""
-    eval_batch_size: Positive = 64
+    eval_batch_size: Count = 64
     """Images scored at once."""
-    save_every: NonNegative = 100
+    save_every: Interval = 100
     """Steps between checkpoints; 0 only when interrupted."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Count = 2
     """Checkpoints kept, besides the best."""
-    log_every: Positive = 10
+    log_every: Many = 10
     """Steps between rows of the metrics."""
     track: list[str] = Field(default_factory=list)
     """Trackers of accelerate: tensorboard, wandb, ..."""
@@ -173,27 +189,27 @@ class Bench(Common, Drawing, Data):
     """Split where protocols that need a tie threshold choose it, validation_unique of pickapic; None leaves them out."""
     split: str | None = None
     """Split of the dataset; None is the one that is benched: test, and test_unique of pickapic."""
-    sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1)
+    sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1, max_length=1000)
     """Noise levels to score at; the first is the headline."""
-    noise_samples: Positive = 1
+    noise_samples: Annotated[int, Field(gt=0, le=10_000)] = 1
     """Noise draws an image, averaged."""
     shared_noise: bool = False
     """The pictures of a prompt share their noise: easier at high noise levels than what a sampler's candidates are."""
-    pairs: Positive | None = None
+    pairs: Many | None = None
     """Pairs to evaluate, whole prompts in the data's order; None is all."""
-    batch_size: Positive = 64
+    batch_size: Count = 64
     """Images scored at once."""
     fail_under: Annotated[float, Field(ge=0, le=100)] | None = None
     """Accuracy in percent under which the command exits with 1."""
     lora: str | None = None
     """With prompts as the dataset: a LoRA, or the run that made it, whose pictures are measured beside the generator's own."""
-    prompts: Positive | None = None
+    prompts: Count | None = None
     """Prompts to draw, the first of the file; None is all (96 of shapes-prompts)."""
-    num_images: Positive = 4
+    num_images: Annotated[int, Field(gt=0, le=100_000)] = 4
     """Pictures a prompt, with the seeds seed, seed + 1, ..."""
-    steps: Positive | None = None
+    steps: SamplingSteps | None = None
     """Steps from noise to picture; None is the preset's for sampling."""
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: Guidance | None = None
     """Guidance of the pictures; None is the preset's for sampling."""
     images: str | None = None
     """geneval: a folder of pictures in GenEval's layout to evaluate, in place of drawing."""
@@ -213,11 +229,11 @@ class Score(Common):
     """Pictures, or latents saved as .safetensors."""
     prompts: list[str] = Field(default_factory=list)
     """A prompt an image, or one for all."""
-    sigmas: list[Sigma] = Field(default_factory=lambda: [0.25], min_length=1)
+    sigmas: list[Sigma] = Field(default_factory=lambda: [0.25], min_length=1, max_length=1000)
     """Noise levels to score at."""
-    noise_samples: Positive = 4
+    noise_samples: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Noise draws an image, averaged."""
-    batch_size: Positive = 64
+    batch_size: Count = 64
     """Images scored at once."""
 
 
@@ -236,11 +252,11 @@ class Sample(Common, Drawing):
     """What to draw."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    num_images: Positive = 1
+    num_images: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Pictures a prompt, with the seeds seed, seed + 1, ..."""
     mode: Literal["plain", "best-of-n", "stepwise", "beam", "halving", "smc", "auto"] = "plain"
     """How the scorer is used while sampling; auto is the method that was measured as the best within --budget."""
-    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    budget: Above | None = None
     """Of auto: forward passes of the generator a picture, a reward call counting by its share of the blocks."""
     methods: str | None = None
     """Of auto: methods.yaml of a --tune run; None is the preset's."""
@@ -248,25 +264,25 @@ class Sample(Common, Drawing):
     """A file of prompts on which methods are measured, in place of drawing pictures; writes methods.yaml."""
     judge: str = "none"
     """Of tune: an independent scorer that says which method is better; none is the reward itself."""
-    beams: Positive | None = None
+    beams: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Candidates that a trajectory draws at each step of stepwise and beam; None is 4."""
-    starts: Positive | None = None
+    starts: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Trajectories that a picture starts with in best-of-n, halving, smc and beam; None is 4, and what is kept of beam."""
-    keep: Positive = 2
+    keep: Annotated[int, Field(gt=0, le=100_000)] = 2
     """Trajectories that beam keeps."""
     first_cut: Sigma | None = None
     """Of beam: noise level at which the starts are cut to those kept, and before which there are no candidates; None is at once."""
     share_first: bool = False
     """All starts share the first forward pass; with cps and noise level 1 nothing is lost."""
-    refine: NonNegative = 0
+    refine: Annotated[int, Field(ge=0, le=10_000)] = 0
     """How often the best end is noised again and sampled anew; kept where it scores better."""
     refine_sigma: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Noise level that a refinement begins at."""
-    refine_beams: Positive = 1
+    refine_beams: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Candidates a step of a refinement, at noise levels above 0.5."""
-    steps: Positive = 10
+    steps: SamplingSteps = 10
     """Steps from noise to picture."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_scale: Guidance = 1.0
     """Classifier-free guidance; 1 is without."""
     step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] | None = None
     """Step; None is cps where the mode needs noise, else ode."""
@@ -274,7 +290,7 @@ class Sample(Common, Drawing):
     """Noise of the step rule: a of flow-sde and cps, eta of dance-sde."""
     branch_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 1.0], min_length=2, max_length=2)
     """Steps that start at a noise level within make several candidates."""
-    branch_steps: list[NonNegative] | None = None
+    branch_steps: list[Layer] | None = None
     """First and last step, counted from 0, that make several candidates."""
     score_at: Literal["noisy", "clean"] = "noisy"
     """Score candidates at their own noise level, or their predicted clean latents."""
@@ -282,19 +298,19 @@ class Sample(Common, Drawing):
     """Score what an SDE step leaves at the noise level that it really has."""
     share_score: bool = False
     """Compute the blocks that reward model and generator share once; needs a reward model with a frozen backbone."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Above = 1.0
     """Of smc."""
     lora: str | None = None
     """LoRA of the transformer, as diffusers saves it."""
-    height: Positive | None = None
+    height: Pixels | None = None
     """Pixels; None is the generator's own."""
-    width: Positive | None = None
+    width: Pixels | None = None
     """Pixels; None is the generator's own."""
-    max_pixels: Positive = 4_194_304
+    max_pixels: Many = 4_194_304
     """Largest picture, pixels."""
-    batch_size: Positive = 8
+    batch_size: Count = 8
     """Pictures drawn at once."""
-    max_batch: Positive = 64
+    max_batch: Count = 64
     """Latents in one forward pass; halved when memory does not suffice."""
     trace: bool = False
     """Draw the tree of candidates."""
@@ -310,11 +326,11 @@ class Grpo(Common, Drawing):
     """More rewards, REF=WEIGHT: reward models, scorers of pictures (clip, pickscore, ...) or callables `module:function`."""
     score_at: Literal["noisy", "clean"] = "noisy"
     """Reward candidates where they are, or by the clean latents that the policy predicts from them."""
-    reward_draws: Positive = 1
+    reward_draws: Annotated[int, Field(gt=0, le=10_000)] = 1
     """Draws of a noise ensemble, each a little above the state's own noise level; 1 is the state itself."""
     spread_penalty: Rate = 0.0
     """This many standard deviations over reward models and draws are taken off: against reward hacking."""
-    reward_ceiling: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    reward_ceiling: Finite | None = None
     """Rewards above are cut to it; None is no limit."""
     judge: str = "none"
     """Independent yardstick: a scorer (shapes is the embedded world's judge), a second reward model, or none."""
@@ -325,19 +341,19 @@ class Grpo(Common, Drawing):
     from noised
     samples without likelihoods (DiffusionNFT), nft-step with the rewards of those noisy states; direct follows the reward's own
     gradient."""
-    updates: Positive = 40
+    updates: Many = 40
     """Optimizer updates."""
-    max_time: Annotated[float, Field(gt=0)] | None = None
+    max_time: Above | None = None
     """Minutes of training after which the run ends by itself; None is no limit."""
-    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    target: Finite | None = None
     """Level of the judge (of the reward where there is none) on validation prompts at which the run ends; None is no target."""
-    prompts_per_update: Positive = 16
+    prompts_per_update: Count = 16
     """Prompts an update, over all processes."""
-    group_size: Annotated[int, Field(ge=2)] = 6
+    group_size: Annotated[int, Field(ge=2, le=10_000)] = 6
     """Candidates of a state, or trajectories or samples of a prompt (k and G)."""
-    steps: Positive = 10
+    steps: SamplingSteps = 10
     """Steps of a rollout and of an evaluation's plain sampling."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_scale: Guidance = 1.0
     """Guidance in rollouts and evaluation; 1 is without."""
     step_rule: Literal["flow-sde", "dance-sde", "cps"] = "cps"
     """Stochastic step."""
@@ -349,9 +365,9 @@ class Grpo(Common, Drawing):
     """The candidate that a trajectory goes on from; mean is the state without noise."""
     log_prob: Literal["gaussian", "no-const", "guard"] = "gaussian"
     """Form of the log-probability ratio."""
-    clip_range: Annotated[float, Field(gt=0)] = 1e-4
+    clip_range: Above = 1e-4
     """Clipping of the ratio, whose log is a mean over latent dimensions."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    advantage_clip: Above = 5.0
     """Advantages are cut to this."""
     min_std: Rate = 0.05
     """Reward spread below which a group is skipped."""
@@ -366,21 +382,21 @@ class Grpo(Common, Drawing):
     """Form of that KL."""
     diversity_bonus: Rate = 0.0
     """Reward for each unit of a candidate's mean distance (latents, root mean square) to the rest of its group; not of direct."""
-    refresh_every: NonNegative = 0
+    refresh_every: Interval = 0
     """Updates after which the heads of the reward models learn from fresh samples of the policy; 0 is never."""
     refresh_by: str = ""
     """The trusted scorer that labels those samples."""
-    refresh_prompts: Positive = 16
+    refresh_prompts: Count = 16
     """Prompts of a refresh, over all processes."""
-    refresh_samples: Annotated[int, Field(ge=2)] = 4
+    refresh_samples: Annotated[int, Field(ge=2, le=10_000)] = 4
     """Samples a prompt, compared with each other."""
-    refresh_steps: Positive = 50
+    refresh_steps: Many = 50
     """Training steps of a refresh."""
     refresh_lr: Rate = 3e-4
     """Their learning rate."""
-    nft_levels: Positive = 4
+    nft_levels: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Noise levels within the window that nft learns from at each sample, drawn anew each update."""
-    nft_beta: Annotated[float, Field(gt=0)] = 1.0
+    nft_beta: Above = 1.0
     """How far nft's positive and negative velocities lie from the old policy's: beta of DiffusionNFT."""
     old_decay: Share = 0.5
     """Share of itself that nft's old policy keeps at an update, at most."""
@@ -389,45 +405,45 @@ class Grpo(Common, Drawing):
     direct_form: Literal["draft", "refl"] = "draft"
     """draft: the gradient of direct goes through the last steps. refl: through one prediction at a step drawn at random within the
     window."""
-    direct_steps: Positive = 1
+    direct_steps: SamplingSteps = 1
     """Last steps that the gradient of draft goes through (K of DRaFT-K)."""
     train: Literal["lora", "full"] = "lora"
     """What of the transformer learns. full saves a whole pipeline folder, generator/, in place of lora/."""
-    lora_targets: list[str] | None = None
+    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Modules that get a LoRA, by the ends of their names; None is the attention projections of both streams."""
-    lora_rank: Positive = 32
+    lora_rank: Width = 32
     """Rank of the LoRA."""
-    lora_alpha: Positive = 64
+    lora_alpha: Width = 64
     """Its scale, alpha / rank."""
     lr: Rate = 1e-4
     """Learning rate."""
-    warmup_updates: NonNegative = 0
+    warmup_updates: Interval = 0
     """Updates of linear warm-up."""
     weight_decay: Rate = 1e-4
     """AdamW's weight decay."""
     max_grad_norm: Rate = 1.0
     """Gradient norm above which gradients are scaled down; 0 is off."""
-    inner_epochs: Positive = 1
+    inner_epochs: Annotated[int, Field(gt=0, le=10_000)] = 1
     """Passes over the same rollouts."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the LoRA, which is what is evaluated and saved; 0 is off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    micro_batch_size: Positive = 16
+    micro_batch_size: Count = 16
     """States in one forward and backward pass."""
-    max_batch: Positive = 64
+    max_batch: Count = 64
     """Latents in one forward pass of rollouts."""
-    eval_every: NonNegative = 10
+    eval_every: Interval = 10
     """Updates between evaluations; 0 only at the start and the end."""
-    eval_prompts: Positive = 48
+    eval_prompts: Count = 48
     """Held-out prompts of an evaluation."""
-    eval_seeds: Positive = 2
+    eval_seeds: Annotated[int, Field(gt=0, le=10_000)] = 2
     """Pictures a held-out prompt, with fixed seeds."""
     on_hacking: Literal["stop", "warn", "ignore"] = "stop"
     """What to do when the reward rises while the judge falls beyond noise."""
-    save_every: NonNegative = 10
+    save_every: Interval = 10
     """Updates between checkpoints; 0 only when interrupted."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Count = 2
     """Checkpoints kept."""
     track: list[str] = Field(default_factory=list)
     """Trackers of accelerate: tensorboard, wandb, ..."""
@@ -439,13 +455,13 @@ class Demo:
 
     out: str | None = None
     """Run folder; None is runs/demo."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of everything random."""
     device: str = "auto"
     """auto, cuda, cuda:1 or cpu."""
-    steps: Positive = 220
+    steps: Many = 220
     """Training steps of each of the two reward models."""
-    updates: Positive = 20
+    updates: Many = 20
     """Updates of the alignment."""
     resume: bool = True
     """Go on with an unfinished demo in the same folder."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from drmcli.config.schema import NonNegative, Positive, Rate, Sigma, strict
+from drmcli.config.schema import Count, Many, Pixels, Rate, Seed, Sigma, strict
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -28,21 +28,21 @@ class Serve:
     """Port to listen on; 0 takes a free one."""
     sigma: Sigma = 0.25
     """Noise level at which the reward model scores pictures, where a request names none."""
-    noise_samples: Positive = 4
+    noise_samples: Count = 4
     """Noise draws a picture, averaged, where a request names none."""
-    max_batch: Positive = 32
+    max_batch: Count = 32
     """Pictures or latents scored at once."""
     max_wait_ms: Rate = 5.0
     """Milliseconds that the first of a batch waits for others to join it."""
-    max_queue: Positive = 1024
+    max_queue: Count = 1024
     """Scores waiting to be computed, beyond which a request is answered 503."""
-    max_items: Positive = 64
+    max_items: Count = 64
     """Pictures or latents a request."""
-    max_body_mib: Positive = 64
+    max_body_mib: Count = 64
     """Size of a request, MiB."""
-    max_pixels: Positive = 16_777_216
+    max_pixels: Many = 16_777_216
     """Largest picture, pixels."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of the noise, where a request names none."""
     device: str = "auto"
     """auto, cuda, cuda:1 or cpu; auto takes a GPU where there is one."""
@@ -50,5 +50,5 @@ class Serve:
     """Number format of the weights; auto is bf16 on CUDA and fp32 on the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernels; xformers needs the extra of that name and CUDA."""
-    resolution: Positive | None = None
+    resolution: Pixels | None = None
     """Side of the square that pictures are cropped and resized to, pixels; None is the reward model's own."""

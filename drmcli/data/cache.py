@@ -275,7 +275,7 @@ class Stamps:
         self.fresh: dict[str, str] = {}
         for file in sorted(folder.glob("*.json")):
             try:
-                self.known |= json.loads(file.read_text())
+                self.known |= json.loads(file.read_text(encoding="utf-8"))
             except ValueError:
                 file.unlink(missing_ok=True)
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
 import difflib
 import hashlib
-import io
-import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,8 @@ from drmcli.data.preferences import (
     text_id,
 )
 from drmcli.data.published_layouts import DATASETS, Published, read_hpdv2, read_hpdv3, read_imagereward, read_pickapic
+from drmcli.data.rows import MAX_BAD, BadRow, LeftOut, Table, sound_prompt
+from drmcli.data.text import cut, kind, lines, parse_json, read_text, short, sound
 from drmcli.errors import InputError, MissingError
 
 __all__ = [
@@ -51,47 +50,54 @@ RANKING_COLUMNS = ("prompt", "images", "ranking")
 OPTIONAL_COLUMNS = ("prompt_id", "pair_id", "label", "weight")
 PREFERENCES = "preferences.parquet"
 """The file of a folder that `drm data make` or `drm data label` wrote."""
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
 Cell = str | ImageSource | None
 """A picture as a row names it: a path that is still to be checked, or its source."""
 
 
 def read(
-    name: str | Path, *, data_dir: str | Path | None = None, split: str | None = None, allow_outside: bool = False
+    name: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    max_bad: float = MAX_BAD,
 ) -> Preferences:
     """A published dataset by its name, from the folder `data_dir`, or an own file by its path.
 
-    Raises MissingError for a published dataset that is not there, InputError for a name that is neither.
+    Rows that cannot be used are left out up to `max_bad` percent and listed in `bad_rows`. Raises MissingError for a published dataset
+    that is not there, InputError for a name that is neither, and for more bad rows.
     """
     if (published := DATASETS.get(str(name))) is not None:
         split = split or published.default_split
         if split not in published.splits:
-            raise InputError(f"{name}: has no split {split!r}", hint=f"use one of {', '.join(published.splits)}")
+            raise InputError(f"{name}: has no split {short(split)}", hint=f"use one of {', '.join(published.splits)}")
         if data_dir is None:
             raise MissingError(
                 f"{name}: the folder with its {split} split is not given",
                 hint=f"get it with `drm data get {name} --split {split}`, or name your copy with --data-dir DIR",
             )
-        return published.reader(data_dir, split, name=str(name))
+        return published.reader(data_dir, split, name=str(name), max_bad=max_bad)
     if Path(name).suffix.lower() in SUFFIXES or os.path.exists(name):
-        return read_file(name, allow_outside=allow_outside)
+        return read_file(name, allow_outside=allow_outside, max_bad=max_bad)
     names = ["shapes", *DATASETS]  # shapes is made, not read; but it may be what was meant
-    close = difflib.get_close_matches(str(name), names, 1)
+    close = difflib.get_close_matches(str(name)[:80], names, 1)
     raise InputError(
-        f"{name}: neither a dataset nor a file",
+        f"{cut(str(name))}: neither a dataset nor a file",
         hint=f"did you mean {close[0]}?" if close else f"use {', '.join(names)}, or a {', '.join(SUFFIXES)} file",
     )
 
 
-def read_file(path: str | Path, *, allow_outside: bool = False) -> Preferences:
+def read_file(path: str | Path, *, allow_outside: bool = False, max_bad: float = MAX_BAD) -> Preferences:
     """Read an own Parquet, JSONL or CSV file of pairs or rankings, or the folder of one that `drm data make` wrote.
 
-    Picture paths must stay in the file's folder, links included, unless `allow_outside`. Pictures themselves are not
-    opened (bytes in Parquet are hashed, to list equal pictures once). In a file of pairs, `label` is the probability
-    that `chosen` is better (default 1); below 0.5 the sides are swapped.
+    Picture paths must stay in the file's folder, links included, unless `allow_outside`; a backslash in them is the separator of
+    Windows where no file has it in its name. Pictures themselves are not opened (bytes in Parquet are hashed, to list equal pictures
+    once). In a file of pairs, `label` is the probability that `chosen` is better (default 1); below 0.5 the sides are swapped.
 
-    Raises InputError naming the file and the row; nothing is guessed or skipped but pairs of a picture with itself.
+    A row that cannot be used is left out, counted and listed in `bad_rows`, up to `max_bad` percent. Raises InputError naming the
+    file and the first such row when there are more, and for a file whose form leaves open what is meant.
     """
     path = Path(path)
     name = path.name
@@ -102,88 +108,94 @@ def read_file(path: str | Path, *, allow_outside: bool = False) -> Preferences:
             f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}",
             hint=f"check the path; data is read from one file, or from a folder with {PREFERENCES}",
         )
-    reader = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv}.get(path.suffix.lower())
+    reader = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}.get(path.suffix.lower())
     if reader is None:
         raise InputError(
             f"{path}: not a Parquet, JSONL or CSV file by its name", hint=f"name it with {', '.join(SUFFIXES)}"
         )
     sources: dict[str, ImageSource] = {}
-    rows, where = reader(path, sources)
-    if not rows:
+    bad = LeftOut(max_bad)
+    rows = reader(path, sources, bad)
+    total = len(rows) + len(bad.faults)
+    if not total:
         raise InputError(f"{path}: has no rows", hint=f"write one row a pair, with columns {', '.join(PAIR_COLUMNS)}")
+    bad.settle(total)
     guard = _Guard(path.parent, allow_outside)
+    ranking = "ranking" in rows[0][1]
     out: list[dict[str, Any]] = []
-    ranking = "ranking" in rows[0]
-    for number, row in enumerate(rows):
-        place = f"{path}: {where(number)}"
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            raise InputError(f"{place}: prompt is {_kind(prompt)}, not text", hint="give each row its prompt as text")
-        if not prompt.strip():
-            raise InputError(f"{place}: the prompt is empty", hint="give the prompt, or remove the row")
-        shared = {
-            "prompt": prompt,
-            "prompt_id": _id(row.get("prompt_id"), text_id(prompt)),
-            "weight": _number(row, "weight", place, 1.0, 0.0, math.inf),
-        }
-        pair_id = _id(row.get("pair_id"), str(number))
-        cells = row["images"] if ranking else [row["chosen"], row["rejected"]]
-        if not isinstance(cells, list):
-            raise InputError(
-                f"{place}: images is {_kind(cells)}, not a list", hint='write images as ["a.png", "b.png"]'
-            )
-        keys = [_key(cell, place, guard, sources) for cell in cells]
-        if ranking:
-            ranks = _ranks(row["ranking"], len(keys), place)
-            for i, j, label in zip(*ranked_pairs(ranks), strict=True):
-                out.append(
-                    {**shared, "pair_id": f"{pair_id}:{i}-{j}", "first": keys[i], "second": keys[j], "label": label}
-                )
-        else:
-            label = _number(row, "label", place, 1.0, 0.0, 1.0)
-            out.append({**shared, "pair_id": pair_id, "first": keys[0], "second": keys[1], "label": label})
+    for number, (place, row) in enumerate(rows):
+        try:
+            out += _comparisons(row, number, f"{path}: {place}", ranking, guard, sources)
+        except BadRow as fault:
+            bad.add(fault)
+    bad.settle(total)
     table = pd.DataFrame(out, columns=["prompt", "prompt_id", "weight", "pair_id", "first", "second", "label"])
     if (twice := table["pair_id"].duplicated()).any():
         raise InputError(
-            f"{path}: pair_id {table['pair_id'][twice].iloc[0]!r} is there twice",
+            f"{path}: pair_id {short(table['pair_id'][twice].iloc[0])} is there twice",
             hint="make pair_id unique, or leave it out",
         )
-    preferences = assemble(name, "all", "strict", sources, table, draw_sides=not ranking)
+    preferences = assemble(name, "all", "strict", sources, table, draw_sides=not ranking, bad_rows=bad.names)
     if not len(preferences):
         raise InputError(f"{path}: has no pair of two different pictures", hint="a ranking needs two pictures or more")
     return preferences
 
 
-Rows = tuple[list[dict[str, Any]], Callable[[int], str]]
-"""Rows with the known columns, and how to name the n-th one in an error."""
+def _comparisons(
+    row: dict[str, Any], number: int, place: str, ranking: bool, guard: _Guard, sources: dict[str, ImageSource]
+) -> list[dict[str, Any]]:
+    """The comparisons of one row, as `assemble` takes them. Raises BadRow."""
+    prompt = sound_prompt(row["prompt"], place)
+    shared = {
+        "prompt": prompt,
+        "prompt_id": _id(row.get("prompt_id"), text_id(prompt), f"{place}: prompt_id"),
+        "weight": _number(row, "weight", place, 1.0, 0.0, math.inf),
+    }
+    pair_id = _id(row.get("pair_id"), str(number), f"{place}: pair_id")
+    cells = row["images"] if ranking else [row["chosen"], row["rejected"]]
+    if not isinstance(cells, list):
+        raise BadRow(f"{place}: images is {kind(cells)}, not a list", hint='write images as ["a.png", "b.png"]')
+    keys = [_key(cell, place, guard, sources) for cell in cells]
+    if not ranking:
+        label = _number(row, "label", place, 1.0, 0.0, 1.0)
+        return [{**shared, "pair_id": pair_id, "first": keys[0], "second": keys[1], "label": label}]
+    ranks = _ranks(row["ranking"], len(keys), place)
+    return [
+        {**shared, "pair_id": f"{pair_id}:{i}-{j}", "first": keys[i], "second": keys[j], "label": label}
+        for i, j, label in zip(*ranked_pairs(ranks), strict=True)
+    ]
 
 
-def _jsonl(path: Path, sources: dict[str, ImageSource]) -> Rows:
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+Rows = list[tuple[str, dict[str, Any]]]
+"""(place in the file, row with the known columns)."""
+_OBJECT = 'one object a line: {"prompt": ..., "chosen": ..., "rejected": ...}'
+
+
+def _jsonl(path: Path, sources: dict[str, ImageSource], bad: LeftOut) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(lines(read_text(path)), 1):
         if not line.strip():
             continue
+        place = f"line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, f"{path}: {place}", hint=_OBJECT, unique=True)
+            if not isinstance(row, dict):
+                raise BadRow(f"{path}: {place} is {kind(row)}, not an object", hint=_OBJECT)
+            _columns(path, row, f"{place}: ")
+        except InputError as error:
+            bad.add(BadRow(error.message, hint=error.hint))
+            continue
+        if rows and ("ranking" in row) != ("ranking" in rows[0][1]):
             raise InputError(
-                f"{path}: line {number} is not JSON ({error})", hint='one object a line: {"prompt": ..., "chosen": ...}'
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path}: line {number} is {_kind(row)}, not an object",
-                hint='one object a line: {"prompt": ..., "chosen": ...}',
+                f"{path}: {place}: pairs and rankings are mixed", hint="put them in two files and give both"
             )
-        _columns(path, row, rows[0] if rows else None, f"line {number}: ")
         for column in ("chosen", "rejected"):
             if column in row:
                 row[column] = _json_cell(row[column], sources)
         if isinstance(row.get("images"), list):
             row["images"] = [_json_cell(cell, sources) for cell in row["images"]]
-        rows.append(row)
-        lines.append(number)
-    return rows, lambda n: f"line {lines[n]}"
+        rows.append((place, row))
+    return rows
 
 
 def _json_cell(cell: Any, sources: dict[str, ImageSource]) -> Any:
@@ -197,59 +209,42 @@ def _json_cell(cell: Any, sources: dict[str, ImageSource]) -> Any:
     return sources.setdefault(key, BytesImage(key, data))
 
 
-def _csv(path: Path, sources: dict[str, ImageSource]) -> Rows:
-    del sources  # CSV holds no bytes
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    try:
-        header = reader.fieldnames or []
-        if header:
-            _columns(path, header, None)
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}: line {reader.line_num} has another number of fields than the header",
-                    hint='put text with commas in quotes: "a cat, asleep"',
-                )
-            filled = {column: value for column, value in row.items() if value != "" or column not in OPTIONAL_COLUMNS}
-            for column in ("images", "ranking"):
-                if column in filled and "ranking" in header:
-                    filled[column] = _json_list(filled[column], f"{path}: line {reader.line_num}: {column}")
-            rows.append(filled)
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: not CSV after line {reader.line_num} ({error})",
-            hint='put text with commas or quotes in quotes: "a ""big"" cat"',
-        ) from None
-    return rows, lambda n: f"line {lines[n]}"
+def _csv(path: Path, sources: dict[str, ImageSource], bad: LeftOut) -> Rows:
+    del sources  # a table of text holds no bytes
+    table = Table(read_text(path), str(path), (*PAIR_COLUMNS, *RANKING_COLUMNS, *OPTIONAL_COLUMNS))
+    if table.columns:
+        _columns(path, table.columns)
+    rows: Rows = []
+    for line, row in table.rows(bad.add):
+        filled: dict[str, Any] = {k: v for k, v in row.items() if v != "" or k not in OPTIONAL_COLUMNS}
+        try:
+            if "ranking" in table.columns:
+                for column in ("images", "ranking"):
+                    filled[column] = _json_list(row[column], f"{path}: line {line}: {column}")
+        except BadRow as fault:
+            bad.add(fault)
+            continue
+        rows.append((f"line {line}", filled))
+    return rows
 
 
 def _json_list(text: str, place: str) -> list[Any]:
+    fault = BadRow(f"{place} is not a JSON list: {short(text)}", hint='write "[""a.png"", ""b.png""]" and "[1, 2]"')
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+        value = parse_json(text, place, hint=fault.hint)
+    except InputError:
+        raise fault from None
     if not isinstance(value, list):
-        raise InputError(
-            f"{place} is not a JSON list: {text[:60]!r}", hint='write "[""a.png"", ""b.png""]" and "[1, 2]"'
-        )
+        raise fault
     return value
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from None
-
-
-def _parquet(path: Path, sources: dict[str, ImageSource]) -> Rows:
+def _parquet(path: Path, sources: dict[str, ImageSource], bad: LeftOut) -> Rows:
+    del bad  # a Parquet file is whole or damaged; its cells are looked at later
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            _columns(path, schema.names, None)
+            _columns(path, schema.names)
             pictures = ("images",) if "ranking" in schema.names else ("chosen", "rejected")
             plain = [c for c in ("prompt", "ranking", *OPTIONAL_COLUMNS) if c in schema.names]
             rows = file.read(columns=plain).to_pylist()
@@ -260,12 +255,12 @@ def _parquet(path: Path, sources: dict[str, ImageSource]) -> Rows:
                     if isinstance(cell, list)
                     else _parquet_cell(cell, (path, column, group, row, None), sources)
                 )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a ValueError: text that is no UTF-8
         raise InputError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})",
+            f"{path}: not a readable Parquet file ({cut(str(error), 200)})",
             hint="write it again, or use .jsonl or .csv",
         ) from None
-    return rows, lambda n: f"row {n}"
+    return [(f"row {number}", row) for number, row in enumerate(rows)]
 
 
 def _parquet_cell(cell: Any, at: tuple[Path, str, int, int, int | None], sources: dict[str, ImageSource]) -> Any:
@@ -276,16 +271,20 @@ def _parquet_cell(cell: Any, at: tuple[Path, str, int, int, int | None], sources
     return cell.get("path") if isinstance(cell, dict) else cell
 
 
-def _columns(path: Path, found: Iterable[str], first: dict[str, Any] | None, place: str = "") -> None:
-    """Refuse a row or table without the columns of a pair or a ranking, with both, or unlike the first row."""
-    names = set(found)
-    kinds = [columns for columns in (PAIR_COLUMNS, RANKING_COLUMNS) if names.issuperset(columns)]
+def _columns(path: Path, found: Iterable[str], place: str = "") -> None:
+    """Refuse a row or table without the columns of a pair or a ranking, with both, or with one of them twice."""
+    listed = list(found)
+    names = set(listed)
     needed = f"{', '.join(PAIR_COLUMNS)}, or {', '.join(RANKING_COLUMNS)}"
+    if twice := [name for i, name in enumerate(listed) if name and name in listed[:i]]:
+        raise InputError(
+            f"{path}: {place}the column {short(twice[0])} is there twice", hint="rename or remove one of them"
+        )
+    kinds = [columns for columns in (PAIR_COLUMNS, RANKING_COLUMNS) if names.issuperset(columns)]
     if len(kinds) != 1 or names.issuperset({"chosen", "ranking"}):
         fact = "has columns of pairs and of rankings" if kinds else "lacks columns"
-        raise InputError(f"{path}: {place}{fact}: found {', '.join(map(str, found))}", hint=f"needed: {needed}")
-    if first is not None and not set(first).issuperset(kinds[0]):
-        raise InputError(f"{path}: {place}pairs and rankings are mixed", hint="put them in two files and give both")
+        shown = cut(", ".join(map(str, listed[:20])), 200)
+        raise InputError(f"{path}: {place}{fact}: found {shown or 'none'}", hint=f"needed: {needed}")
 
 
 def _key(cell: Any, place: str, guard: _Guard, sources: dict[str, ImageSource]) -> str:
@@ -293,10 +292,12 @@ def _key(cell: Any, place: str, guard: _Guard, sources: dict[str, ImageSource]) 
     if isinstance(cell, ImageSource):
         return cell.key
     if not isinstance(cell, str) or not cell.strip():
-        raise InputError(
-            f"{place}: a picture is {_kind(cell)}, not a path or bytes",
+        raise BadRow(
+            f"{place}: a picture is {kind(cell)}, not a path or bytes",
             hint="give a path relative to the file, or the file's bytes",
         )
+    if cell not in sources:
+        cell = guard.native(cell, place)
     if cell not in sources:
         sources[cell] = FileImage(cell, guard.path(cell, place))
     return cell
@@ -311,15 +312,22 @@ class _Guard:
         self._root = os.path.realpath(folder)
         self._parents: dict[Path, bool] = {}
 
-    def path(self, name: str, place: str) -> Path:
+    def native(self, name: str, place: str) -> str:
+        """The name with this system's separators: lists made on Windows have backslashes."""
         if "\0" in name:
-            raise InputError(f"{place}: {name!r} is not a path", hint="give a path relative to the file")
+            raise BadRow(f"{place}: {short(name)} is not a path", hint="give a path relative to the file")
+        _text(name, place)
+        if "\\" in name and stays_inside(name) and not (self._folder / name).exists():
+            return name.replace("\\", "/")
+        return name
+
+    def path(self, name: str, place: str) -> Path:
         path = self._folder / name
         if self._allow:
             return path
         if not stays_inside(name) or not self._stays(path):
             raise InputError(
-                f"{place}: the path {name!r} leaves the file's folder",
+                f"{place}: the path {short(name)} leaves the file's folder",
                 hint="move the pictures below it, or pass --allow-outside",
             )
         return path
@@ -338,10 +346,10 @@ class _Guard:
 def _ranks(value: Any, n: int, place: str) -> list[float]:
     if not isinstance(value, list) or len(value) != n:
         length = len(value) if isinstance(value, list) else "no"
-        raise InputError(f"{place}: {n} images, but {length} ranks", hint="give one rank an image, 1 for the best")
+        raise BadRow(f"{place}: {n} images, but {length} ranks", hint="give one rank an image, 1 for the best")
     for rank in value:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise InputError(f"{place}: {rank!r} is not a rank", hint="give one number an image, 1 for the best")
+            raise BadRow(f"{place}: {short(rank)} is not a rank", hint="give one number an image, 1 for the best")
     return [float(rank) for rank in value]
 
 
@@ -355,17 +363,20 @@ def _number(row: dict[str, Any], column: str, place: str, default: float, low: f
         number = math.nan
     if not (low <= number <= high) or math.isinf(number):
         allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-        raise InputError(f"{place}: {column} is {value!r}", hint=f"give a number {allowed}, or leave {column} out")
+        raise BadRow(f"{place}: {column} is {short(value)}", hint=f"give a number {allowed}, or leave {column} out")
     return number
 
 
-def _id(value: Any, default: str) -> str:
-    return default if value is None or value == "" else str(value)
+def _id(value: Any, default: str, place: str) -> str:
+    if value is None or value == "" or value != value:
+        return default
+    if isinstance(value, (list, dict)):
+        raise BadRow(f"{place} is {kind(value)}", hint="give text or a number, or leave it out")
+    return _text(str(value), place)
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, str):
-        return "text" if value.strip() else "empty"
-    return f"a {type(value).__name__}"
+def _text(value: str, place: str) -> str:
+    try:
+        return sound(value, place)
+    except InputError as error:
+        raise BadRow(error.message, hint=error.hint) from None

@@ -20,13 +20,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import ExifTags, Image, features
 
 from drmcli.errors import InputError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # an older Pillow does not know the name
+    FORMATS = ("AVIF",) * bool(features.check("avif")) + ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64 * 2**20
 """Largest picture that is decoded, in pixels (8192 x 8192): 192 MiB of RGB."""
+MAX_BYTES = 2**30
+"""Largest file of a picture that is read."""
+MAX_ASPECT = 200
+"""Longer side by shorter; beyond, resizing the shorter side to what a model sees makes a picture of any size."""
 
 # What Pillow's decoders raise on damaged bytes.
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
@@ -70,8 +76,11 @@ class FileImage(ImageSource):
 
     def read(self) -> bytes:
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would never end
+            found = os.stat(self.path)
+            if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
                 raise BadImage(self.key, "not a file")
+            if found.st_size > MAX_BYTES:
+                raise BadImage(self.key, f"{found.st_size} bytes, too large for a picture")
             data = Path(self.path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise BadImage(self.key, "missing") from None
@@ -109,6 +118,8 @@ class ZipImage(ImageSource):
     def read(self) -> bytes:
         try:
             with zipfile.ZipFile(self.archive) as file:
+                if (size := file.getinfo(self.member).file_size) > MAX_BYTES:
+                    raise BadImage(self.key, f"{size} bytes, too large for a picture")
                 data = file.read(self.member)
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
             raise BadImage(self.key, f"{self.archive.name}: {error}") from None
@@ -139,17 +150,23 @@ class ParquetImage(ImageSource):
 
     def read(self) -> bytes:
         try:
-            cell = _column(self.path, self.column, self.group)[self.row].as_py()
+            stamp = os.stat(self.path)
+            cell = _column(self.path, self.column, self.group, (stamp.st_ino, stamp.st_mtime_ns, stamp.st_size))[
+                self.row
+            ].as_py()
         except (OSError, pa.ArrowException, IndexError) as error:
             raise BadImage(self.key, f"{self.path.name}: {error}") from None
         if self.item is not None:
             cell = cell[self.item]
-        return _not_empty(self.key, (cell.get("bytes") if isinstance(cell, dict) else cell) or b"")
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is not None and not isinstance(data, bytes):
+            raise BadImage(self.key, f"{self.path.name}: a {type(data).__name__} in place of the picture's bytes")
+        return _not_empty(self.key, data or b"")
 
 
-# Two columns, one row group: pairs are read side by side, in the order of the file.
+# Two columns, one row group: pairs are read side by side, in the order of the file. `stamp`: a path may come to mean another file.
 @lru_cache(maxsize=2)
-def _column(path: Path, column: str, group: int) -> pa.ChunkedArray:
+def _column(path: Path, column: str, group: int, stamp: tuple[int, ...]) -> pa.ChunkedArray:
     with pq.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
 
@@ -176,24 +193,27 @@ def _not_empty(key: str, data: bytes) -> bytes:
     return data
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read and fully decode a picture to RGB. Alpha is dropped and EXIF rotation ignored, as the field's scorers do.
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:
+    """Read and fully decode a picture to RGB; of several frames the first.
 
-    Raises BadImage when it is missing, empty, truncated, damaged, no picture, or has more than `max_pixels` pixels by
-    its header (checked before anything is decoded).
+    Alpha and colour profiles are dropped. EXIF rotation is ignored, as by the scorers and benchmarks of the field, which open pictures
+    with Pillow and do not transpose them; with `upright` it is applied, as viewers do.
+
+    Raises BadImage when it is missing, empty, truncated, damaged, no picture, of more than 8 bits a channel and grey, extremely narrow, or
+    has more than `max_pixels` pixels by its header (checked before anything is decoded).
     """
     if isinstance(source, ArrayImage):
         return Image.fromarray(source.pixels).convert("RGB")
-    return decode(source.read(), source.key, max_pixels=max_pixels)
+    return decode(source.read(), source.key, max_pixels=max_pixels, upright=upright)
 
 
-def decode(data: bytes, key: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, key: str, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:
     """Decode file bytes as `load_image` does. `key` names the picture in errors."""
     try:
         # Pillow warns of large pictures on opening; the check below decides instead. Warning filters are global: lock.
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise BadImage(key, f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
@@ -204,12 +224,54 @@ def decode(data: bytes, key: str, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         width, height = image.size
         if width * height > max_pixels:
             raise BadImage(key, f"{width} x {height} is more than {max_pixels} pixels, a decompression bomb")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage(key, f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
         if image.mode.startswith(("I", "F")):
             raise BadImage(key, f"pixels of more than 8 bits (mode {image.mode}) are not supported")
         try:
-            return image.convert("RGB")
-        except _DAMAGE as error:
+            image.load()
+            # By way of RGBA where a palette is partly transparent: the same colours, and Pillow has nothing to warn of.
+            palette = image.mode == "P" and "transparency" in image.info
+            pixels = (image.convert("RGBA") if palette else image).convert("RGB")
+        except (*_DAMAGE, Image.DecompressionBombError) as error:
             raise BadImage(key, f"truncated or damaged: {_first_line(error)}") from None
+        return pixels if not upright else _turned(pixels, _orientation(image))
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes a picture upright, by its EXIF orientation."""
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or the EXIF data are damaged, as viewers take it."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE:
+        return 1
+
+
+def _turned(pixels: Image.Image, orientation: int) -> Image.Image:
+    return pixels.transpose(_TURNS[orientation]) if orientation in _TURNS else pixels
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, other files as they are.
+
+    Drawing tools put whole workflows there; Pillow refuses a picture with more than 1 MiB of it, and what is not unpacked is no bomb.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, at, start = [], 8, 0
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") and end <= len(data):
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,6 +41,8 @@ class Preferences:
     drew it), `source`, `category`, `agreement` (share of annotators who prefer chosen, ties halved)."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Why pairs of the data are not in `pairs`, and how many."""
+    bad_rows: list[str] = field(default_factory=list)
+    """Rows of the data that could not be used, each with its place and what is wrong."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -105,6 +107,7 @@ def assemble(
     *,
     draw_sides: bool = False,
     dropped: Mapping[str, int] | None = None,
+    bad_rows: Sequence[str] = (),
 ) -> Preferences:
     """Preferences from one row a comparison.
 
@@ -114,7 +117,7 @@ def assemble(
     fixed seed.
     """
     same = (table["first"] == table["second"]).to_numpy(bool)
-    dropped = _added(dropped or {}, {"same picture on both sides": int(same.sum())})
+    dropped = _added(dropped or {}, {"same picture on both sides": int(same.sum()), "bad row": len(bad_rows)})
     table = table[~same]
     keys = np.concatenate([table["first"].to_numpy(object), table["second"].to_numpy(object)])
     # Interleaved, so that pictures are numbered in the order of the data: readers are fastest in that order.
@@ -155,8 +158,9 @@ def assemble(
     get = sources if callable(sources) else sources.__getitem__
     images = [get(key) for key in unique]
     return Preferences(
-        name, split, protocol, images, [str(p) for p in prompts], [str(i) for i in prompt_ids], pairs, dropped
-    )
+        name, split, protocol, images, [str(p) for p in prompts], [str(i) for i in prompt_ids], pairs, dropped,
+        list(bad_rows),
+    )  # fmt: skip
 
 
 def ranked_pairs(ranks: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,6 +237,7 @@ def mix(
         prompt_ids,
         pairs,
         dropped,
+        [row for dataset in datasets for row in dataset.bad_rows],
     )
     return mixed.subset(rng.permutation(len(pairs)))
 
@@ -256,6 +261,8 @@ class CheckReport:
     repeated_prompts: int
     """Prompts whose text another prompt already has."""
     dropped: dict[str, int]
+    bad_rows: list[str]
+    """Rows that cannot be used, with their places."""
     digests: dict[str, str]
     """SHA-256 of every picture that can be read, by key."""
     prompts: set[str] = field(repr=False)
@@ -263,7 +270,7 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Nothing is unreadable and no prompt is empty. Duplicates and ties are facts, not faults."""
-        return not self.bad and not self.empty_prompts
+        return not self.bad and not self.bad_rows and not self.empty_prompts
 
 
 def check(
@@ -300,6 +307,7 @@ def check(
         empty_prompts=[i for i, p in zip(preferences.prompt_ids, preferences.prompts, strict=True) if not p.strip()],
         repeated_prompts=len(preferences.prompts) - len(texts),
         dropped=dict(preferences.dropped),
+        bad_rows=list(preferences.bad_rows),
         digests=digests,
         prompts=texts,
     )

@@ -2,56 +2,100 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from drmcli.data.rows import MAX_BAD, BadRow, LeftOut, Table, sound_prompt
+from drmcli.data.text import lines, parse_json, read_text, short
 from drmcli.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff")
+COLUMNS = ("prompt", "prompts", "prompt_en", "text", "caption", "captions")
+"""Where a table or an object has its prompt; the first that is there is taken, upper or lower case."""
+KEYS = tuple(column for column in COLUMNS if column != "text")
+"""Where an object has it: an object with `text` may be anything."""
+TABLES = (".csv", ".tsv")
+_HINT = "write a prompt a line, JSON texts or objects with `prompt`, or a table with a column `prompt`"
 
 
-def read_prompts(path: str | Path, *, flag: str = "--prompts") -> list[str]:
+def read_prompts(
+    path: str | Path, *, flag: str = "--prompts", every: bool = False, max_bad: float = MAX_BAD
+) -> list[str]:
     """The prompts of a file, in its order, doubles included.
 
-    `.txt` (and any other ending): a prompt a line. `.jsonl`: texts, or objects with `prompt` (GenEval's metadata). `.json`: a list of
-    texts (HPSv2's benchmark lists) or of such objects. Raises InputError naming `flag` for what cannot be read or holds none.
+    `.txt` (and any other ending): a prompt a line, blank lines not counted. `.csv`, `.tsv`: a table with a header and a column of
+    `COLUMNS`, separated by commas, semicolons or tabs. `.jsonl`: texts, or objects with such a key (GenEval's metadata). `.json`: a list
+    of texts (HPSv2's benchmark lists) or of such objects.
+
+    Empty and null prompts, and up to `max_bad` percent of damaged rows, are left out with one DrmWarning; with `every`
+    nothing may be left out, for prompts that belong to something in the same order. Raises InputError naming `flag` for what cannot be
+    read or holds no prompt.
     """
     path = Path(path)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{flag} {path}: cannot be read: {reason}", hint="give a text file with a prompt a line"
-        ) from None
-    try:
-        if path.suffix == ".json":
-            entries = json.loads(text)
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = text.splitlines()
-    except ValueError as error:
-        raise InputError(
-            f"{flag} {path}: damaged: {error}", hint="write a prompt a line, or JSON objects with `prompt`"
-        ) from None
-    if not isinstance(entries, list):
-        raise InputError(f"{flag} {path}: not a list", hint="write a list of texts, or of objects with `prompt`")
-    found = [_prompt(entry, i, path, flag) for i, entry in enumerate(entries)]
-    found = [prompt for prompt in found if prompt]
+    name = f"{flag} {path}"
+    text = read_text(path, name=name, hint="give a text file with a prompt a line")
+    bad, empty, found = LeftOut(0 if every else max_bad), LeftOut(0 if every else 100), []
+    for place, value in _entries(path, text, name, bad):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            empty.add(BadRow(f"{place} has no prompt but {'null' if value is None else 'empty text'}", hint=_HINT))
+            continue
+        try:
+            found.append(sound_prompt(value, place).strip())
+        except BadRow as fault:
+            bad.add(fault)
+    total = len(found) + len(bad.faults) + len(empty.faults)
+    for left_out in (bad, empty):
+        left_out.settle(total)
+        left_out.tell(name)
     if not found:
-        raise InputError(f"{flag} {path}: holds no prompt", hint="write a prompt a line")
+        raise InputError(f"{name}: holds no prompt", hint=_HINT)
     return found
 
 
-def _prompt(entry: Any, number: int, path: Path, flag: str) -> str:
-    text = entry.get("prompt") if isinstance(entry, dict) else entry
-    if not isinstance(text, str):
-        raise InputError(
-            f"{flag} {path}: entry {number + 1} has no prompt", hint="write texts, or objects with `prompt`"
-        )
-    return text.strip()
+def _entries(path: Path, text: str, name: str, bad: LeftOut) -> Iterator[tuple[str, Any]]:
+    """(place, prompt or what stands for it) of each entry."""
+    ending = path.suffix.lower()
+    if ending in TABLES:
+        table = Table(text, name, COLUMNS)
+        column = next((column for column in COLUMNS if column in table.columns), None)
+        if column is None:
+            shown = ", ".join(short(column, 40) for column in table.columns[:8]) or "nothing"
+            raise InputError(
+                f"{name}: no column `prompt`: found {shown}",
+                hint="name the column of prompts `prompt` in the first line, or save a prompt a line as .txt",
+            )
+        yield from ((f"{name}: line {line}", fields[column]) for line, fields in table.rows(bad.add))
+    elif ending == ".json":
+        content = parse_json(text, f"{name}:", hint=_HINT)
+        if not isinstance(content, list):
+            raise InputError(f"{name}: not a list", hint="write a list of texts, or of objects with `prompt`")
+        for number, entry in enumerate(content, 1):
+            yield from _value(entry, f"{name}: entry {number}", bad)
+    elif ending == ".jsonl":
+        for number, line in enumerate(lines(text), 1):
+            if line.strip():
+                place = f"{name}: line {number}"
+                try:
+                    entry = parse_json(line, place, hint=_HINT)
+                except InputError as error:
+                    bad.add(BadRow(error.message, hint=error.hint))
+                    continue
+                yield from _value(entry, place, bad)
+    else:
+        yield from ((f"{name}: line {n}", line) for n, line in enumerate(lines(text), 1) if line.strip())
+
+
+def _value(entry: Any, place: str, bad: LeftOut) -> Iterator[tuple[str, Any]]:
+    if isinstance(entry, dict):
+        lower = {str(key).lower(): value for key, value in entry.items()}
+        column = next((key for key in KEYS if key in lower), None)
+        if column is None:
+            shown = ", ".join(short(key, 40) for key in list(entry)[:8]) or "nothing"
+            bad.add(BadRow(f"{place} has no prompt: found {shown}", hint="write texts, or objects with `prompt`"))
+            return
+        entry = lower[column]
+    yield place, entry
 
 
 def holds_prompts_only(path: str | Path) -> bool:
@@ -61,19 +105,34 @@ def holds_prompts_only(path: str | Path) -> bool:
     would else be drawn anew in place of being measured or refused.
     """
     path = Path(path)
-    if path.suffix == ".txt":
-        return path.is_file()
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    ending = path.suffix.lower()
+    if ending not in (".txt", ".json", ".jsonl", *TABLES) or not path.is_file():
         return False
+    if ending == ".txt":
+        return True
     try:
-        text = path.read_text()
-        first = json.loads(text)[0] if path.suffix == ".json" else json.loads(text.lstrip().splitlines()[0])
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        text = read_text(path)
+        if ending in TABLES:
+            table = Table(text, str(path), COLUMNS)
+            first: Any = next((dict(row) for _, row in table.rows(lambda _: None)), None)
+            if first is None:
+                first = dict.fromkeys(table.columns, "")
+        else:
+            whole = ending == ".json"
+            line = text if whole else next((line for line in lines(text) if line.strip()), "")
+            first = parse_json(line, str(path), hint=_HINT)
+            first = first[0] if whole else first
+    except (InputError, LookupError, TypeError):
         return False
-    return isinstance(first, str) or (isinstance(first, dict) and "prompt" in first and not _names_picture(first))
+    return isinstance(first, str) or (isinstance(first, dict) and _asks(first) and not _names_picture(first))
+
+
+def _asks(entry: dict[str, Any]) -> bool:
+    return any(str(key).lower() in COLUMNS for key in entry)
 
 
 def _names_picture(entry: dict[str, Any]) -> bool:
-    values = [v for k, v in entry.items() if k != "prompt"]
+    values = [v for k, v in entry.items() if str(k).lower() not in COLUMNS]
     texts = [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, str)]
-    return bool({"chosen", "images"} & entry.keys()) or any(t.lower().endswith(PICTURES) for t in texts)
+    keys = {str(key).lower() for key in entry}
+    return bool({"chosen", "images"} & keys) or any(t.lower().endswith(PICTURES) for t in texts)

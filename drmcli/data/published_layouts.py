@@ -7,13 +7,13 @@ are followed (people link large data sets together), but no listed name may be a
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,10 @@ import pyarrow.parquet as pq
 
 from drmcli.data.archives import Member, index, stays_inside, unpack
 from drmcli.data.images import FileImage, ImageSource, ParquetImage
-from drmcli.data.preferences import Preferences, assemble, ranked_pairs, text_id
+from drmcli.data.preferences import Preferences, assemble, text_id
+from drmcli.data.published_rows import Row, Table, agreement_of, published_prompt
+from drmcli.data.rows import MAX_BAD, BadRow, LeftOut
+from drmcli.data.text import cut, parse_json, read_text, short
 from drmcli.errors import InputError, MissingError
 
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -31,104 +34,115 @@ HPDV3_MIN_CONFIDENCE = 0.95
 _ARCHIVES = re.compile(r"(?P<stem>.+?)\.(?P<kind>tar|zip|tar\.gz|tgz)(?P<part>\.\d+)?$")
 
 
-def read_hpdv2(folder: str | Path, split: str = "test", *, name: str = "hpdv2") -> Preferences:
+def read_hpdv2(
+    folder: str | Path, split: str = "test", *, name: str = "hpdv2", max_bad: float = MAX_BAD
+) -> Preferences:
     """HPDv2 (arXiv 2306.09341, hub ymhao/HPDv2): test.json with rankings of 9, train.json with pairs.
 
     `agreement` is from `raw_annotations`. `category` is the style, from the picture's folder or from the prompt lists
     in `benchmark/`.
     """
-    at = _Folder(folder, name, split)
+    at = _Folder(folder, name, split, max_bad)
     styles = _hpdv2_styles(at)
-    table = _Table()
+    table = Table()
     for number, entry in enumerate(at.entries(f"{split}.json")):
         with at.entry(f"{split}.json", number):
-            prompt = str(entry["prompt"])
+            prompt = published_prompt(entry["prompt"])
             if split == "test":
                 paths, ranks = entry["image_path"], entry["rank"]
-                raw = [annotation["rank"] for annotation in entry.get("raw_annotations") or []]
+                raw = [annotation["rank"] for annotation in entry.get("raw_annotations") or [] if annotation]
             else:
                 # 1 marks the preferred one; of three or more, nothing is known about the others' order.
                 paths, ranks, raw = entry["file_path"], [1 - float(mark) for mark in entry["human_preference"]], []
-            style = next((part for part in Path(paths[0]).parts[:-1] if part in HPDV2_STYLES), styles.get(prompt))
+            style = next((part for part in Path(str(paths[0])).parts[:-1] if part in HPDV2_STYLES), styles.get(prompt))
             ties = split == "test" or len(paths) == 2
             table.ranking(prompt, f"{split}-{number:06d}", paths, ranks, raw=raw, ties=ties, category=style)
     return at.preferences("hpdv2", table, roots=(f"{split}", "images", f"images/{split}"), archive=split)
 
 
 def read_hpdv3(
-    folder: str | Path, split: str = "test", *, min_confidence: float | None = None, name: str = "hpdv3"
-) -> Preferences:
+    folder: str | Path, split: str = "test", *, min_confidence: float | None = None, name: str = "hpdv3",
+    max_bad: float = MAX_BAD,
+) -> Preferences:  # fmt: skip
     """HPDv3 (arXiv 2508.03789, hub MizzenAI/HPDv3): pairs {prompt, path1, path2, model1, model2, confidence,
     choice_dist}.
 
     The published files always list the preferred picture first, so `chosen_first` is drawn by a fixed seed.
     `min_confidence` drops pairs of a lower confidence and keeps those that have none; default 0.95 for train, else off.
     """
-    at = _Folder(folder, name, split)
+    at = _Folder(folder, name, split, max_bad)
     if min_confidence is None:
         min_confidence = HPDV3_MIN_CONFIDENCE if split == "train" else 0.0
-    table = _Table()
+    table = Table()
     for number, entry in enumerate(at.entries(f"{split}.json")):
         with at.entry(f"{split}.json", number):
             confidence = entry.get("confidence")
             if confidence is not None and float(confidence) < min_confidence:
                 table.drop(f"confidence below {min_confidence:g}")
                 continue
-            prompt, votes = str(entry["prompt"]), entry.get("choice_dist")
-            share = max(votes) / sum(votes) if votes and sum(votes) > 0 else np.nan
+            prompt, share = published_prompt(entry["prompt"]), agreement_of(entry.get("choice_dist"))
             models = entry.get("model1"), entry.get("model2"), entry.get("source")
             pair_id = f"{split}-{number:07d}"
             table.add(
-                _Row(prompt, text_id(prompt), pair_id, entry["path1"], entry["path2"], 1.0, *models, agreement=share)
+                Row(prompt, text_id(prompt), pair_id, entry["path1"], entry["path2"], 1.0, *models, agreement=share)
             )
     return at.preferences("strict", table, roots=("images",), archive="images", draw_sides=True)
 
 
-def read_imagereward(folder: str | Path, split: str = "test", *, name: str = "imagereward") -> Preferences:
+def read_imagereward(
+    folder: str | Path, split: str = "test", *, name: str = "imagereward", max_bad: float = MAX_BAD
+) -> Preferences:
     """ImageRewardDB (arXiv 2304.05977): rankings of 4 to 9, ties and gaps in the ranks allowed.
 
     Either the authors' list `test.json` {id, prompt, generations, ranking} (github THUDM/ImageReward, data/), the one
     the published accuracy is counted on, or the hub's `metadata-SPLIT.parquet` (THUDM/ImageRewardDB), which has
     categories.
     """
-    at = _Folder(folder, name, split)
-    table = _Table()
-    listed, metadata = [f"{split}.json", f"data/{split}.json"], f"metadata-{split}.parquet"
-    if at.first(*listed) is None and at.first(metadata) is not None:
+    at = _Folder(folder, name, split, max_bad)
+    table = Table()
+    listed, metadata = [f"{split}.json", f"data/{split}.json"], at.folder / f"metadata-{split}.parquet"
+    if at.first(*listed) is None and metadata.is_file():
         columns = ["image_path", "prompt_id", "prompt", "classification", "rank"]
         frame = at.parquet(metadata, columns).to_pandas()
+        for at_row in np.flatnonzero(frame["prompt_id"].isna()):
+            with at.entry(metadata.name, int(at_row)):
+                raise BadRow("prompt_id is missing", hint="")
         for prompt_id, group in frame.groupby("prompt_id", sort=False):
-            table.ranking(
-                group["prompt"].iloc[0], str(prompt_id), list(group["image_path"]), list(group["rank"]),
-                category=group["classification"].iloc[0],
-            )  # fmt: skip
+            with at.entry(metadata.name, int(group.index[0])):
+                table.ranking(
+                    published_prompt(group["prompt"].iloc[0]), str(prompt_id), list(group["image_path"]), list(group["rank"]),
+                    category=group["classification"].iloc[0],
+                )  # fmt: skip
     else:
         for number, entry in enumerate(at.entries(*listed)):
             with at.entry(listed[0], number):
-                table.ranking(str(entry["prompt"]), str(entry["id"]), entry["generations"], entry["ranking"])
+                table.ranking(
+                    published_prompt(entry["prompt"]), str(entry["id"]), entry["generations"], entry["ranking"]
+                )
     roots = ("data/test_images", "test_images", "data", "images", f"images/{split}")
     return at.preferences("strict", table, roots=roots, archive=("test_images", f"{split}_"))
 
 
-def read_pickapic(folder: str | Path, split: str = "test_unique", *, name: str = "pickapic") -> Preferences:
+def read_pickapic(
+    folder: str | Path, split: str = "test_unique", *, name: str = "pickapic", max_bad: float = MAX_BAD
+) -> Preferences:
     """Pick-a-Pic v1 and v2 (arXiv 2305.01569, hub yuvalkirstain/pickapic_v1 and _v2): Parquet shards with the bytes.
 
     `label_0` is the probability that picture 0 is better (0.5 is a tie); rows without `has_label` are dropped and
     counted.
     """
-    at = _Folder(folder, name, split)
+    at = _Folder(folder, name, split, max_bad)
     shards = sorted([*at.folder.glob(f"{split}-*.parquet"), *at.folder.glob(f"data/{split}-*.parquet")])
     if not shards:
         raise at.missing(f"{split}-*.parquet")
     columns = ["caption", "image_0_uid", "image_1_uid", "label_0", "has_label", "model_0", "model_1", "ranking_id"]
-    table = _Table()
+    table = Table()
     sources: dict[str, ImageSource] = {}
     for shard in shards:
         names = at.schema(shard)
         if not {"jpg_0", "jpg_1"} <= set(names):
             raise at.missing(f"the columns jpg_0 and jpg_1 of {shard.name} (a variant without pictures)")
-        with pq.ParquetFile(shard) as file:
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        sizes = at.row_groups(shard)
         places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
         for (group, row), entry in zip(places, at.parquet(shard, columns).to_pylist(), strict=True):
             with at.entry(shard.name, row):
@@ -136,20 +150,18 @@ def read_pickapic(folder: str | Path, split: str = "test_unique", *, name: str =
                     table.drop("no label")
                     continue
                 first, second = str(entry["image_0_uid"]), str(entry["image_1_uid"])
-                prompt = str(entry["caption"] or "")
+                prompt = published_prompt(entry["caption"])
+                label, models = float(entry["label_0"]), (entry["model_0"], entry["model_1"])
                 for side, uid in enumerate((first, second)):
                     sources.setdefault(uid, ParquetImage(uid, shard, f"jpg_{side}", group, row))
-                label, models = float(entry["label_0"]), (entry["model_0"], entry["model_1"])
-                table.add(
-                    _Row(prompt, text_id(prompt), f"{split}-{entry['ranking_id']}", first, second, label, *models)
-                )
+                table.add(Row(prompt, text_id(prompt), f"{split}-{entry['ranking_id']}", first, second, label, *models))
     return at.preferences("pickscore-threshold", table, sources=sources)
 
 
 class Reader(Protocol):
     """Reads one split of a published dataset from its folder."""
 
-    def __call__(self, folder: str | Path, split: str, *, name: str) -> Preferences: ...
+    def __call__(self, folder: str | Path, split: str, *, name: str, max_bad: float) -> Preferences: ...
 
 
 @dataclass(frozen=True)
@@ -195,61 +207,12 @@ DATASETS: dict[str, Published] = {
 }  # fmt: skip
 
 
-class _Row(NamedTuple):
-    """One comparison, as `assemble` takes it. A tuple: HPDv3 has a million."""
-
-    prompt: str
-    prompt_id: str
-    pair_id: str
-    first: str
-    second: str
-    label: float
-    source_first: str | None = None
-    source_second: str | None = None
-    source: str | None = None
-    category: str | None = None
-    agreement: float = np.nan
-
-
-class _Table:
-    """Rows for `assemble`, collected."""
-
-    def __init__(self) -> None:
-        self.rows: list[_Row] = []
-        self.dropped: dict[str, int] = {}
-
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def add(self, row: _Row) -> None:
-        if not isinstance(row.first, str) or not isinstance(row.second, str):
-            raise TypeError("a picture is not named by a string")
-        if not 0 <= row.label <= 1:
-            raise ValueError(f"the label {row.label!r} is not in [0, 1]")
-        self.rows.append(row)
-
-    def ranking(
-        self, prompt: str, prompt_id: str, names: Sequence[str], ranks: Sequence[float], *,
-        raw: Sequence[Sequence[float]] = (), ties: bool = True, category: str | None = None,
-    ) -> None:  # fmt: skip
-        """All pairs of one list. `raw` [annotators, n]: their own ranks. Without `ties`, tied pairs are dropped."""
-        if len(names) != len(ranks) or not np.isfinite(np.asarray(ranks, dtype=float)).all():
-            raise ValueError(f"{len(names)} pictures with the ranks {list(ranks)}")
-        votes = np.array([r for r in raw if len(r) == len(names)], dtype=float).reshape(-1, len(names))
-        for i, j, label in zip(*ranked_pairs(ranks), strict=True):
-            if label == 0.5 and not ties:
-                self.drop("order not known")
-                continue
-            share = float((0.5 - 0.5 * np.sign(votes[:, i] - votes[:, j])).mean()) if len(votes) else np.nan
-            pair_id = f"{prompt_id}:{i}-{j}"
-            self.add(_Row(prompt, prompt_id, pair_id, names[i], names[j], label, category=category, agreement=share))
-
-
 class _Folder:
     """A published dataset's folder: finds its files and pictures, and says what is missing."""
 
-    def __init__(self, folder: str | Path, name: str, split: str):
+    def __init__(self, folder: str | Path, name: str, split: str, max_bad: float):
         self.folder, self.name, self.split = Path(folder), name, split
+        self.bad, self.total = LeftOut(max_bad), 0
         if split not in DATASETS[name].splits:
             raise InputError(f"{name}: has no split {split!r}", hint=f"use one of {', '.join(DATASETS[name].splits)}")
         if not self.folder.is_dir():
@@ -263,13 +226,26 @@ class _Folder:
         )
 
     def broken(self, file: str, fact: str) -> InputError:
-        return InputError(
-            f"{self.folder / file}: {fact}",
-            hint=f"not as {DATASETS[self.name].hub_id} publishes it; fetch the file again",
-        )
+        return InputError(f"{self.folder / file}: {fact}", hint=self._hint())
 
-    def entry(self, file: str, number: int) -> _Entry:
-        return _Entry(self, file, number)
+    def _hint(self) -> str:
+        return f"not as {DATASETS[self.name].hub_id} publishes it; fetch the file again"
+
+    @contextmanager
+    def entry(self, file: str, number: int) -> Iterator[None]:
+        """One entry of a published list: a mistake in it is counted, with its place, and the entry is left out."""
+        self.total += 1
+        try:
+            yield
+        except KeyError as error:
+            fact = f" has no {error.args[0]!r}"
+        except InputError as error:
+            fact = f": {error.message}"
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            fact = f": {cut(str(error), 200)}"
+        else:
+            return
+        self.bad.add(BadRow(f"{self.folder / file}: entry {number}{fact}", hint=self._hint()))
 
     def first(self, *names: str) -> Path | None:
         return next((path for name in names if (path := self.folder / name).is_file()), None)
@@ -285,31 +261,42 @@ class _Folder:
         return content
 
     def json(self, path: Path) -> list[Any]:
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise self.broken(path.name, f"not JSON ({error})") from None
+        content = parse_json(read_text(path), f"{path}:", hint=self._hint())
         if not isinstance(content, list):
             raise self.broken(path.name, "not a list")
         return content
 
     def schema(self, path: Path) -> list[str]:
-        try:
+        with self._whole(path):
             return list(pq.read_schema(path).names)
-        except pa.ArrowException as error:
-            raise self.broken(path.name, f"not a Parquet file ({error})") from None
 
-    def parquet(self, file: str | Path, columns: list[str]) -> pa.Table:
-        path = self.folder / file
-        lacking = [column for column in columns if column not in self.schema(path)]
+    def row_groups(self, path: Path) -> list[int]:
+        """Rows of each row group."""
+        with self._whole(path), pq.ParquetFile(path) as file:
+            return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+
+    def parquet(self, path: Path, columns: list[str]) -> pa.Table:
+        names = self.schema(path)
+        lacking = [column for column in columns if column not in names]
         if lacking:
             raise self.broken(path.name, f"lacks the columns {', '.join(lacking)}")
-        return pq.ParquetFile(path).read(columns=columns)
+        with self._whole(path), pq.ParquetFile(path) as file:
+            table = file.read(columns=columns)
+            table.validate(full=True)  # else text that is no UTF-8 is met much later
+            return table
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self.broken(path.name, f"not a Parquet file that can be read ({cut(str(error), 200)})") from None
 
     def preferences(
-        self, protocol: str, table: _Table, *, roots: Sequence[str] = (), archive: str | tuple[str, ...] = (),
+        self, protocol: str, table: Table, *, roots: Sequence[str] = (), archive: str | tuple[str, ...] = (),
         draw_sides: bool = False, sources: dict[str, ImageSource] | None = None,
     ) -> Preferences:  # fmt: skip
+        self.bad.settle(self.total)
         if not table.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in table.dropped.items())
             raise self.broken("", f"{self.split}: no pair is left ({reasons or 'every list is too short'})")
@@ -317,7 +304,8 @@ class _Folder:
         repeats = frame.groupby("pair_id").cumcount()
         frame["pair_id"] = frame["pair_id"].where(repeats == 0, frame["pair_id"] + "#" + (repeats + 1).astype(str))
         get = self._pictures([*frame["first"], *frame["second"]], roots, archive) if sources is None else sources
-        return assemble(self.name, self.split, protocol, get, frame, draw_sides=draw_sides, dropped=table.dropped)
+        return assemble(self.name, self.split, protocol, get, frame, draw_sides=draw_sides, dropped=table.dropped,
+                        bad_rows=self.bad.names)  # fmt: skip
 
     def _pictures(
         self, names: list[str], roots: Sequence[str], archive: str | tuple[str, ...]
@@ -328,7 +316,7 @@ class _Folder:
         """
         for name in names:
             if not stays_inside(name):
-                raise self.broken("", f"{self.split}: the listed picture {name!r} leaves the folder")
+                raise self.broken("", f"{self.split}: the listed picture {short(name)} leaves the folder")
         probes = names[:: max(1, len(names) // 16)]
         places = [path for path in (self.folder, *(self.folder / part for part in roots)) if path.is_dir()]
 
@@ -375,22 +363,6 @@ class _Folder:
             elif not (target := stem.with_name(f"unpacked-{stem.name}")).exists():
                 unpack(parts, target)
         return members
-
-
-class _Entry:
-    """Turns a mistake in one entry of a published list into one error that names the entry."""
-
-    def __init__(self, at: _Folder, file: str, number: int):
-        self._at, self._file, self._number = at, file, number
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, KeyError):
-            raise self._at.broken(self._file, f"entry {self._number} has no {error.args[0]!r}") from None
-        if isinstance(error, (TypeError, ValueError, IndexError)):
-            raise self._at.broken(self._file, f"entry {self._number}: {error}") from None
 
 
 def _hpdv2_styles(at: _Folder) -> dict[str, str]:

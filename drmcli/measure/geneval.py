@@ -7,7 +7,6 @@ asks for. Finding objects and colours is the business of `drmcli.measure.detect`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from drmcli.data.rows import MAX_BAD, BadRow, LeftOut, sound_prompt
+from drmcli.data.text import kind, lines, parse_json, read_text, short
 from drmcli.errors import InputError
 from drmcli.measure.intervals import mean_ci
 
@@ -24,6 +25,8 @@ THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 """Confidence above which a detection counts, and the same for the task `counting`."""
 MAX_OBJECTS = 16
 """Detections kept of each class."""
+MAX_COUNT = 100
+"""Largest count of a clause."""
 POSITION_THRESHOLD = 0.1
 """Share of two objects' summed sides by which their centres must be apart."""
 
@@ -77,40 +80,59 @@ class Item:
         return made | ({"exclude": [plain(c) for c in self.exclude]} if self.exclude else {}) | {"prompt": self.prompt}
 
 
+_METADATA_HINT = "each line is {tag, include, exclude?, prompt}, as in GenEval's evaluation_metadata.jsonl"
+
+
 def read_item(entry: Any, where: str) -> Item:
-    """One line of the metadata. Raises InputError naming `where` for one of another form."""
+    """One line of the metadata. Raises BadRow naming `where` for one of another form."""
+    if not isinstance(entry, dict):
+        raise BadRow(f"{where}: not GenEval metadata: {kind(entry)}, not an object", hint=_METADATA_HINT)
     try:
-        clauses = [
-            tuple(
-                Clause(
-                    str(c["class"]), int(c["count"]), c.get("color"),
-                    (str(c["position"][0]), int(c["position"][1])) if "position" in c else None,
-                )
-                for c in entry.get(kind, [])
-            )
-            for kind in ("include", "exclude")
-        ]  # fmt: skip
-        item = Item(str(entry["tag"]), str(entry["prompt"]), *clauses)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"{where}: not GenEval metadata: {error!r}", hint="each line is {tag, include, exclude?, prompt}"
-        ) from None
+        clauses = [tuple(_clause(c, where) for c in entry.get(part) or []) for part in ("include", "exclude")]
+        item = Item(str(entry["tag"]), sound_prompt(entry["prompt"], where), *clauses)
+    except KeyError as error:
+        raise BadRow(f"{where}: not GenEval metadata: lacks {error.args[0]!r}", hint=_METADATA_HINT) from None
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BadRow(f"{where}: not GenEval metadata: {error}", hint=_METADATA_HINT) from None
     if item.tag not in TASKS or not item.include:
-        raise InputError(f"{where}: task {item.tag!r} is none of GenEval's", hint=f"tasks are {', '.join(TASKS)}")
+        raise BadRow(f"{where}: task {short(item.tag)} is none of GenEval's", hint=f"tasks are {', '.join(TASKS)}")
     return item
 
 
-def read_metadata(path: str | Path) -> list[Item]:
-    """The published evaluation_metadata.jsonl: 553 prompts. Raises InputError naming the line."""
+def _clause(entry: dict[str, Any], where: str) -> Clause:
+    count, position = entry["count"], entry.get("position")
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_COUNT:
+        raise BadRow(f"{where}: the count {short(count)} is not from 1 to {MAX_COUNT}", hint=_METADATA_HINT)
+    if not isinstance(entry["class"], str):
+        raise BadRow(f"{where}: a class is {kind(entry['class'])}, not text", hint=_METADATA_HINT)
+    place = None if position is None else (str(position[0]), int(position[1]))
+    return Clause(entry["class"], count, entry.get("color"), place)
+
+
+def read_metadata(path: str | Path, *, max_bad: float = MAX_BAD) -> list[Item]:
+    """The published evaluation_metadata.jsonl: 553 prompts.
+
+    Up to `max_bad` percent of damaged lines are left out with one DrmWarning. Raises InputError naming the line.
+    """
     path = Path(path)
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        entries = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}", hint="give GenEval's evaluation_metadata.jsonl") from None
-    if not entries:
+    bad, found = LeftOut(max_bad), []
+    for number, line in enumerate(lines(read_text(path, hint="give GenEval's evaluation_metadata.jsonl")), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            found.append(
+                read_item(parse_json(line, f"{path}: cannot be read: line {number}", hint=_METADATA_HINT), where)
+            )
+        except BadRow as fault:
+            bad.add(fault)
+        except InputError as error:
+            bad.add(BadRow(error.message, hint=error.hint))
+    bad.settle(len(found) + len(bad.faults))
+    bad.tell(str(path))
+    if not found:
         raise InputError(f"{path}: holds no prompt", hint="give GenEval's evaluation_metadata.jsonl")
-    return [read_item(entry, f"{path}, line {i + 1}") for i, entry in enumerate(entries)]
+    return found
 
 
 def surest(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:

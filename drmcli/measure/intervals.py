@@ -89,8 +89,8 @@ class Ratio:
 
     @property
     def critical(self) -> float:
-        """97.5 % point of Student's t with one degree of freedom fewer than clusters."""
-        return t_quantile(self.n_clusters - 1)
+        """97.5 % point of Student's t with one degree of freedom fewer than clusters; NaN for a single one."""
+        return NAN if self.n_clusters < 2 else t_quantile(self.n_clusters - 1)
 
 
 def ratio_of(values: np.ndarray, weight: np.ndarray, cluster: np.ndarray) -> Ratio:

@@ -57,7 +57,8 @@ def write_card(folder: Path, config: Grpo, update: int, pipeline: str) -> None:
     (folder / "README.md").write_text(
         f"---\nlibrary_name: diffusers\ntags: [{config.train}, text-to-image]\n---\n\n# Aligned by `drm grpo`\n\n"
         f"{what}: {config.algorithm}, update {update}, base `{config.generator}`, reward `{config.reward}`.\n\n"
-        f"```python\n{use}\n```\n\nThe licence of the base model applies.\n"
+        f"```python\n{use}\n```\n\nThe licence of the base model applies.\n",
+        encoding="utf-8",
     )
 
 

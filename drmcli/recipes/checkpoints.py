@@ -30,7 +30,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What `save` was given as state."""
-        return json.loads((self.folder / "state.json").read_text())
+        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
     def tensors(self) -> dict[str, Tensor]:
         """What `save` was given as tensors, on the CPU."""
@@ -67,7 +67,7 @@ class Checkpoints:
         """Tensors and a state that JSON can hold (numbers that are not finite become null). also: see `saving`."""
         with self.saving(step, also=also) as part:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
-            (part / "state.json").write_text(json.dumps(finite(state), allow_nan=False) + "\n")
+            (part / "state.json").write_text(json.dumps(finite(state), allow_nan=False) + "\n", encoding="utf-8")
 
     def newest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, None where there is none; the main process cuts the tables back to it.

@@ -134,7 +134,7 @@ def verify(
 def _vouched(folder: Path, commit: str | None) -> dict[str, Any]:
     """Files of an earlier call's manifest, if it is of the same commit."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found["files"] if isinstance(found, dict) and found.get("commit") == commit else {}
@@ -185,7 +185,7 @@ def examine(
     """
 
     def look(name: str, part: str | None, task: str) -> CheckReport:
-        data = read(name, data_dir=data_dir, split=part, allow_outside=allow_outside)
+        data = read(name, data_dir=data_dir, split=part, allow_outside=allow_outside, max_bad=100)
         return check(data, progress=lambda done, total: reporter.progress(task, done, total))
 
     report = look(path, split, "check")
@@ -196,6 +196,7 @@ def examine(
         "images": report.n_images,
         "pairs": report.n_pairs,
         "ties": report.n_ties,
+        "bad rows": report.bad_rows,
         "unreadable images": [f"{key}: {reason}" for key, reason in report.bad],
         "pairs with one of them": report.n_bad_pairs,
         "duplicate images": report.duplicates,

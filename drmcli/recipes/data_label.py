@@ -29,7 +29,7 @@ def run(config: DataLabel, reporter: Reporter, ready: Callable[[str], None]) -> 
         )
     if not (folder / "summary.json").is_file():
         raise InputError(f"DIR {folder}: is not finished", hint="run `drm data make` on it again")
-    if json.loads((folder / "summary.json").read_text()).get("label") not in (["people"], ["none"]):
+    if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("label") not in (["people"], ["none"]):
         raise InputError(
             f"DIR {folder}: its pairs are labelled by a scorer, and votes would replace them",
             hint="make another with --label people",

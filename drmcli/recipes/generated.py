@@ -346,7 +346,7 @@ def lay_out(folder: Run, items: list[Item], images: list[dict[str, Any]], each: 
     for number, item in enumerate(items):
         home = folder.path("images", f"{number:05d}", "samples", "x").parent
         with guarded(home):
-            (home.parent / "metadata.jsonl").write_text(json.dumps(item.to_dict()))
+            (home.parent / "metadata.jsonl").write_text(json.dumps(item.to_dict()), encoding="utf-8")
             for i, row in enumerate(images[number * each : (number + 1) * each]):
                 target = home / f"{i:04d}.png"
                 if not target.exists():
@@ -365,7 +365,7 @@ def existing(root: Path) -> Iterator[Shown]:
     count = 0
     for home in homes:
         try:
-            entry = json.loads((home / "metadata.jsonl").read_text())
+            entry = json.loads((home / "metadata.jsonl").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"--images {home}: no metadata.jsonl that can be read: {error}",

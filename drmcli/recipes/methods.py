@@ -201,7 +201,7 @@ def tune(config: Sample, folder: Run, studio: Studio) -> dict[str, Any]:
                 write_text(part, json.dumps(_measured(studio, config, prompts, judge, name)))
                 if interruptions.asked and number + 1 < len(METHODS):
                     raise interruptions.stop(f"{number + 1} of {len(METHODS)} methods are measured in {folder.folder}")
-            found[name] = json.loads(part.read_text())
+            found[name] = json.loads(part.read_text(encoding="utf-8"))
     prompt = np.repeat(np.arange(len(prompts)), config.num_images)
     rows = [_row(name, found, prompt) for name in found]
     table = {

@@ -119,11 +119,16 @@ def load_preferences(
         )
     path = package_path(name)
     try:
-        return read(path, data_dir=config.data_dir, split=split, allow_outside=config.allow_outside)
+        found = read(
+            path, data_dir=config.data_dir, split=split, allow_outside=config.allow_outside, max_bad=config.max_bad
+        )
     except DrmError as error:
         if not error.message.startswith(flag):
             error.message = f"{flag} {error.message}"
         raise
+    if found.bad_rows:
+        reporter.warn(f"{found.name}: left out {len(found.bad_rows)} bad rows, the first: {found.bad_rows[0]}")
+    return found
 
 
 def strict(data: Preferences) -> Preferences:
@@ -181,10 +186,15 @@ def encode_pairs(
         pairs = data.pairs
         fine = ~(bad[pairs["chosen"].to_numpy()] | bad[pairs["rejected"].to_numpy()])
         data = Preferences(**{**vars(data), "pairs": pairs[fine].reset_index(drop=True)})
-    if (data.pairs["weight"] <= 0).any():  # says nothing about which is better, and a batch of them would have no mean
+    weightless = int((data.pairs["weight"] <= 0).sum())
+    if weightless:  # says nothing about which is better, and a batch of them would have no mean
         data = Preferences(**{**vars(data), "pairs": data.pairs[data.pairs["weight"] > 0].reset_index(drop=True)})
     if not len(data.pairs):
-        raise InputError(f"{data.name}: no usable pair is left", hint=f"see {run.folder / 'bad_images.txt'}")
+        raise InputError(
+            f"{data.name}: no usable pair is left: {weightless} have the weight 0"
+            + (f", and {len(lost)} images cannot be read" if lost else ""),
+            hint=f"see {run.folder / 'bad_images.txt'}" if lost else "give pairs a weight above 0, or leave weight out",
+        )
     cut = sum(generator.encoders().truncated(p) for p in data.prompts)
     warnings = [
         f"{data.name}: {cut} of {len(data.prompts)} prompts are longer than the text encoders read; their ends are cut"

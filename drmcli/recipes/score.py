@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from drmcli import results
 from drmcli.config import Score
 from drmcli.data.images import FileImage, load_image
+from drmcli.data.text import cut, short
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.noise import score_clean
@@ -32,7 +34,7 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         loaded = {
-            i: load_image(FileImage(name, Path(name)))
+            i: load_image(FileImage(name, Path(name)), upright=True)
             for i, name in enumerate(config.images)
             if not name.endswith(".safetensors")
         }
@@ -152,14 +154,21 @@ def read_latents(name: str) -> tuple[Tensor, float | None]:
     except FileNotFoundError:
         raise InputError(f"{name}: missing", hint="check the path") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{name}: not a safetensors file: {error}", hint="save latents with safetensors") from None
+        raise InputError(
+            f"{name}: not a safetensors file: {cut(str(error))}", hint="save latents with safetensors"
+        ) from None
     latents = latents[None] if latents.ndim == 3 else latents
-    if latents.ndim != 4 or len(latents) != 1 or not bool(torch.isfinite(latents).all()):
+    if latents.ndim != 4 or len(latents) != 1 or not latents.numel() or not bool(torch.isfinite(latents).all()):
         raise InputError(f"{name}: `latents` must be finite, of shape [C, H, W]", hint="one file a picture")
+    if sigma is None:
+        return latents, None
     try:
-        return latents, None if sigma is None else float(sigma)
+        level = float(sigma)
     except ValueError:
-        raise InputError(f"{name}: its sigma {sigma!r} is no number", hint="write the noise level, 0 to 1") from None
+        level = math.nan
+    if not 0 <= level <= 1:
+        raise InputError(f"{name}: its sigma {short(sigma)} is no noise level", hint="write one from 0 to 1")
+    return latents, level
 
 
 def plan(config: Score) -> dict[str, Any]:

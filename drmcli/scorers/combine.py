@@ -8,6 +8,7 @@ Dimension letters: B states, R scorers, M candidates that are compared, C, H, W 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from drmcli.errors import InputError
 from drmcli.flow import renoise
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
@@ -106,12 +108,17 @@ class Combined:
 
 
 def parse_term(text: str) -> tuple[str, float]:
-    """`REF=WEIGHT` as its parts; the weight is 1 where none is given."""
+    """`REF=WEIGHT` as its parts; the weight is 1 where none is given. Raises InputError for a weight that is not finite."""
     ref, mark, weight = text.rpartition("=")
     try:
-        return (ref, float(weight)) if mark else (text, 1.0)
+        value = float(weight) if mark else 1.0
     except ValueError:
         return text, 1.0
+    if not math.isfinite(value):
+        raise InputError(
+            f"--add-reward {text}: the weight {weight} is not finite", hint="give REF=WEIGHT, for example clip=0.5"
+        )
+    return (ref, value) if mark else (text, 1.0)
 
 
 class Rewards:

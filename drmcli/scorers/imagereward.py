@@ -63,7 +63,7 @@ def imagereward(
 ) -> Callable[[list[Image.Image], list[str]], Tensor]:
     """ImageReward v1.0: (MLP - mean) / std, about -2.3 to 2."""
     weights = read(source.file(REPO, "ImageReward.pt"), source)
-    sizes = json.loads(source.file(REPO, "med_config.json").read_text())
+    sizes = json.loads(source.file(REPO, "med_config.json").read_text(encoding="utf-8"))
     visual, textual = weights.below("blip.visual_encoder."), weights.below("blip.text_encoder.")
     vision_config = _vision_config(visual)
     vision = filled(BlipVisionModel, vision_config, _vision_state(visual), source, device, dtype)

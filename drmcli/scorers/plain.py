@@ -6,7 +6,10 @@ Dimension letters: B pictures.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drmcli.errors import InputError, RunError
+from drmcli.data.text import cut
+from drmcli.errors import DrmError, InputError, RunError, is_out_of_memory
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 
@@ -48,8 +52,13 @@ class Scoring:
         with torch.no_grad():
             found = self.function(list(images), list(prompts))
         try:
-            scores = torch.as_tensor(found).detach().to("cpu", torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
+            scores = torch.as_tensor(found).detach()
+            if scores.is_complex():
+                raise TypeError("complex numbers")
+            scores = scores.to("cpu", torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RunError(
                 f"{self.flag} {self.name}: gave {type(found).__name__}, not numbers", hint="return one number a picture"
             ) from error
@@ -80,17 +89,24 @@ def check_shapes(prompts: Sequence[str]) -> None:
 
 
 def named_callable(ref: str, flag: str) -> Callable[[list[Image.Image], list[str]], Any]:
-    """The callable that `module:function` names; modules of the current folder are found. An error inside the module is let through."""
+    """The callable that `module:function` names; modules of the current folder are found.
+
+    Raises InputError where there is none of that name. Whatever the module raises when it is imported, and the function when it is
+    called, `sys.exit` included, becomes a RunError that names the file and the line; only Ctrl-C and a lack of memory are let through.
+    """
     module_name, _, attribute = ref.partition(":")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     try:
-        found: Any = import_module(module_name)
+        with _theirs(ref, flag, importing=True):
+            found: Any = import_module(module_name)
     except (ModuleNotFoundError, ValueError, TypeError) as error:
         missing = getattr(error, "name", None) or module_name
         if missing.split(".")[0] != module_name.split(".")[0]:
             hint = f"install {missing.split('.')[0]}, which {module_name} imports"
+        elif module_name.endswith(".py"):
+            hint = f"write {module_name.removesuffix('.py').replace('/', '.')}:{attribute}, without .py"
         else:
             hint = f"known names are those of drmcli.scorers.NAMES; a module must lie in {here} or be installed"
         raise InputError(f"{flag} {ref}: there is no module {missing}", hint=hint) from error
@@ -99,4 +115,50 @@ def named_callable(ref: str, flag: str) -> Callable[[list[Image.Image], list[str
     if not callable(found):
         hint = "name a function that takes pictures and prompts and returns numbers"
         raise InputError(f"{flag} {ref}: {module_name} has no callable {attribute!r}", hint=hint)
-    return found
+    function = found
+
+    def called(images: list[Image.Image], prompts: list[str]) -> Any:
+        with _theirs(ref, flag):
+            return function(images, prompts)
+
+    return called
+
+
+@contextmanager
+def _theirs(ref: str, flag: str, *, importing: bool = False) -> Iterator[None]:
+    """What the user's code raises is told as theirs, with the file and the line; `importing` lets through that a module is not there."""
+    try:
+        yield
+    except (DrmError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        inner = [frame for frame in frames if not _is_foreign(frame.filename)]
+        if importing and (
+            isinstance(error, ModuleNotFoundError) or (isinstance(error, (ValueError, TypeError)) and not inner)
+        ):
+            raise
+        if isinstance(error, SyntaxError) and error.filename:
+            file, line = error.filename, error.lineno
+        elif inner:
+            file, line = inner[-1].filename, inner[-1].lineno
+        else:
+            file, line = ref.partition(":")[0], None
+        place = Path(file).name + (f" line {line}" if line else "")
+        what = "called sys.exit" if isinstance(error, SystemExit) else type(error).__name__
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        fact = f"{what}: {cut(said, 300)}" if said else what
+        raise RunError(
+            f"{flag} {ref}: {fact} ({place})", hint=f"mend {Path(file).name}, or leave {flag} {ref} out"
+        ) from error
+
+
+def _is_foreign(file: str) -> bool:
+    """Whether a frame's file is of this package, the standard library or an installed package, and not the user's own."""
+    if file.startswith("<"):
+        return True
+    path = Path(file).resolve()
+    homes = (Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+    return any(path.is_relative_to(home.resolve()) for home in homes)

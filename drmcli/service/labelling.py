@@ -27,7 +27,7 @@ LONGEST = 64 * 1024
 
 def make_app(ballot: Ballot, token: str) -> Starlette:
     """The application. Every path needs the token; pictures are asked for by number, never by path."""
-    page = (resources.files("drmcli.service") / "label.html").read_text("utf-8")
+    page = (resources.files("drmcli.service") / "label.html").read_text(encoding="utf-8")
 
     def refused(request: Request) -> bool:
         return not secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode())

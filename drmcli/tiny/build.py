@@ -48,8 +48,12 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         spelt = [_merge(parts, left, right) for parts in spelt]
     vocab = list(dict.fromkeys([*vocab, "<|startoftext|>", "<|endoftext|>"]))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}, indent=0))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(vocab)}, indent=0), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     for word in words:
         if len(tokenizer(word).input_ids) != 3:

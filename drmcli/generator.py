@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
@@ -111,7 +111,7 @@ class Generator:
         self.ref = ref
         self.revision = revision
         self.max_sequence_length = max_sequence_length
-        self.family = family or family_of(type(pipe).__name__)
+        self.family = (family or family_of(type(pipe).__name__)).bound(dict(pipe.scheduler.config))
 
     @classmethod
     def load(
@@ -250,6 +250,11 @@ class Generator:
         side = self.image_size // self.pipe.vae_scale_factor
         return self.family.sigmas(self.pipe, num_inference_steps, size or (side, side))
 
+    def first_state(self, noise: Tensor, sigma: float) -> Tensor:
+        """Standard noise as the pipeline's first state, at its first noise level."""
+        factor = self.family.first_noise(self.pipe, sigma)
+        return noise if factor == 1 else factor * noise
+
     def velocity(
         self,
         latents: Tensor,
@@ -350,6 +355,14 @@ def denoiser_config(family: Family, where: str, revision: str | None) -> dict[st
     """A pipeline's denoiser's config, without weights."""
     kind: Any = family.denoiser_class
     return dict(kind.load_config(where, subfolder=family.denoiser, revision=revision))
+
+
+def scheduler_facts(family: Family, where: str, revision: str | None) -> dict[str, Any] | None:
+    """What a family must know of a pipeline's scheduler, or None."""
+    if not family.scheduler_facts:
+        return None
+    config = DDIMScheduler.load_config(where, subfolder="scheduler", revision=revision)
+    return {name: config[name] for name in family.scheduler_facts if name in config}
 
 
 def empty_denoiser(family: Family, where: str, revision: str | None) -> Any:

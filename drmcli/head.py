@@ -7,6 +7,8 @@ Dimension letters: B latents, L = h w image tokens, D token width, F head width,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ class Head(nn.Module):
     An unscaled Bradley-Terry head can sit near chance for long, hence the scale.
     """
 
-    def __init__(self, width: int, taps: int, head_width: int, pool: str):
+    def __init__(self, widths: Sequence[int], head_width: int, pool: str):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(taps))
-        self.reduce = nn.Sequential(nn.Linear(width * taps, head_width), nn.GELU(), nn.Linear(head_width, head_width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.reduce = nn.Sequential(nn.Linear(sum(widths), head_width), nn.GELU(), nn.Linear(head_width, head_width))
         self.conv = nn.Conv2d(head_width, head_width, 3, padding=1)
         self.attend = nn.Conv2d(head_width, 1, 1) if pool == "attention" else None
         self.score = nn.Sequential(nn.Linear(head_width, head_width), nn.GELU(), nn.Linear(head_width, 1))

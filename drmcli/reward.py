@@ -25,7 +25,15 @@ from drmcli.config import local_or_hub, spoken
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
 from drmcli.families.base import Conditioning, Family, latent_space, listening
-from drmcli.generator import Generator, denoiser_config, load_denoiser, quiet_libraries, read_index, use_attention
+from drmcli.generator import (
+    Generator,
+    denoiser_config,
+    load_denoiser,
+    quiet_libraries,
+    read_index,
+    scheduler_facts,
+    use_attention,
+)
 from drmcli.head import Head
 from drmcli.hub import explained
 from drmcli.noise import score_pictures
@@ -45,7 +53,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
     def __init__(self, config: RewardConfig, transformer: Any):
         super().__init__()
         self.config = config
-        self.family: Family = family_named(config.family)
+        self.family: Family = family_named(config.family).bound(config.scheduler or {})
         depth = self.family.depth(config.transformer)
         keep = depth - config.drop_layers
         if not 1 <= keep <= len(self.family.blocks(transformer)):
@@ -58,7 +66,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         self.taps = taps
         self.transformer = transformer
         self.family.cut(transformer, max(taps) + 1)
-        self.head = Head(self.family.width(transformer), len(taps), config.head_width, config.head_pool)
+        self.head = Head(self.family.widths(transformer, taps), config.head_width, config.head_pool)
         self._generator: Generator | None = None
 
     @classmethod
@@ -118,6 +126,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
             base_revision=revision,
             transformer={k: v for k, v in full.items() if not k.startswith("_")},
             family=family.name,
+            scheduler=scheduler_facts(family, where, revision),
             **({"lora_targets": list(family.lora_targets)} | settings),
         )
         torch.manual_seed(seed_of("head", seed))

@@ -25,6 +25,8 @@ class RewardConfig:
     """Config of the base's whole denoiser, as diffusers writes it."""
     family: str = "sd3"
     """Kind of the base's pipeline, see `drmcli.families`."""
+    scheduler: dict[str, Any] | None = None
+    """What the family must know of the base's scheduler; None where that is nothing."""
     base_revision: str | None = None
     """Revision of the base on the hub."""
     max_sequence_length: int = 256

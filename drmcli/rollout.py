@@ -133,6 +133,7 @@ def roll_out(
         .flatten(0, 1)
         .to(device)
     )
+    x = generator.first_state(x, float(sigmas[0]))
     count = Counter(generator, score, cond, negative, plan.guidance_scale, max_batch)
     visits: list[Visit] = []
     for step in range(len(sigmas) - 1):

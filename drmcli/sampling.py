@@ -193,6 +193,7 @@ def sample(
 
     # Down from pure noise; of several ends the best is kept.
     x = models.noise(rngs, 1 if search.share_first else search.trajectories(), shape)  # [I, N, C, H, W]
+    x = generator.first_state(x, float(sigmas[0]))
     x, found, opinions = descend(models, search, x, sigmas, 0, rngs, trace, after(0))
     search.max_batch = models.max_batch  # what memory allowed serves the next pictures
     if reward is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -41,6 +42,10 @@ class Tiny:
     """What drm is told for `plain` and `guided`."""
     canonical: Callable[[Tensor, tuple[int, int]], Tensor] = lambda latents, size: latents
     """The pipeline's own latents as [B, C, H, W]."""
+    state: Callable[[Tensor, tuple[int, int], float], Tensor] | None = None
+    """What the pipeline hands its scheduler as the state, as one of a flow; None: `canonical`."""
+    velocity: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    """What it hands its scheduler as the prediction, with that state, as a velocity; None: `canonical`."""
     size: tuple[int, int] = (32, 48)
     """Height and width in pixels."""
     length: int = 24
@@ -111,7 +116,65 @@ def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:
     return diffusers.FluxPipeline._unpack_latents(latents, *size, vae_scale_factor=1)
 
 
+def unet(**config: Any) -> Any:
+    made = diffusers.UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, **config,
+    )  # fmt: skip
+    return shaken(made, *(n for n, _ in made.named_parameters() if "attn2.to_v" in n or "attn2.to_out" in n))
+
+
+PROCESS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def sdxl() -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        scheduler=diffusers.EulerDiscreteScheduler(**PROCESS, timestep_spacing="leading"),
+        vae=vae(shift_factor=None), text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=clip(projected=True),
+        tokenizer_2=tokenizer(), unet=unet(
+            cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
+        ),
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def sd(prediction_type: str) -> Any:
+    return diffusers.StableDiffusionPipeline(
+        scheduler=diffusers.DDIMScheduler(**PROCESS, clip_sample=False, prediction_type=prediction_type),
+        vae=vae(shift_factor=None), text_encoder=clip(), tokenizer=tokenizer(), unet=unet(cross_attention_dim=16),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def euler_state(x: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """EulerDiscrete's state x_0 + k eps as one of a flow."""
+    return x * (1 - sigma)
+
+
+def ddim_state(x: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """DDIM's state of variance 1 as one of a flow."""
+    return x * (sigma**2 + (1 - sigma) ** 2) ** 0.5
+
+
+def from_noise(output: Tensor, state: Tensor, sigma: float) -> Tensor:
+    """Predicted noise as a velocity, eps - x_0."""
+    return output - (state - sigma * output) / (1 - sigma)
+
+
+def from_v(output: Tensor, state: Tensor, sigma: float) -> Tensor:
+    n = (sigma**2 + (1 - sigma) ** 2) ** 0.5
+    alpha, s, x = (1 - sigma) / n, sigma / n, state / n
+    return (s * x + alpha * output) - (alpha * x - s * output)
+
+
 PIPELINES = {
     "flux": Tiny(flux, call={"max_sequence_length": 24}, canonical=packed),
+    "sdxl": Tiny(
+        sdxl, call={"original_size": (128, 192), "target_size": (128, 192)}, state=euler_state, velocity=from_noise
+    ),
+    "sd15": Tiny(partial(sd, "epsilon"), state=ddim_state, velocity=from_noise),
+    "sd21": Tiny(partial(sd, "v_prediction"), state=ddim_state, velocity=from_v),
 }
-"""By the family's name."""
+"""By name."""

@@ -21,6 +21,8 @@ FAMILIES = {
     "ZImagePipeline": "z_image",
     "SanaPipeline": "sana",
     "Lumina2Pipeline": "lumina2",
+    "StableDiffusionPipeline": "sdxl",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 """The module of this folder for each pipeline class, as model_index.json names it. A module's family is its `FAMILY`."""
 

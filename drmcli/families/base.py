@@ -211,6 +211,13 @@ class Family:
     steps_in_scheduler = True
     """Does the stock pipeline hand its scheduler latents [B, C, H, W] and the velocity? `StepwiseScheduler` needs that."""
 
+    scheduler_facts: tuple[str, ...] = ()
+    """Entries of the pipeline's scheduler config that the family must know; a reward model saves them."""
+
+    def bound(self, scheduler: dict[str, Any]) -> Family:
+        """This family for pipelines whose scheduler's config has these entries."""
+        return self
+
     # --- sizes, from the denoiser's config ------------------------------------------------------------------------------------
 
     def depth(self, config: dict[str, Any]) -> int:
@@ -245,9 +252,9 @@ class Family:
         """The name of the latent space. Reward models may be used across generators whose latent spaces have one name."""
         return self.name
 
-    def width(self, model: nn.Module) -> int:
-        """D."""
-        return int(model.inner_dim)  # type: ignore[arg-type]
+    def widths(self, model: nn.Module, taps: Sequence[int]) -> list[int]:
+        """D of each of these blocks."""
+        return [int(model.inner_dim)] * len(taps)  # type: ignore[arg-type]
 
     # --- pipeline ---------------------------------------------------------------------------------------------------------------
 
@@ -286,6 +293,10 @@ class Family:
     def sigmas(self, pipe: Any, num_inference_steps: int, size: tuple[int, int]) -> Tensor:
         """The pipeline's own noise levels [n + 1] for latents of H x W, falling, float32 on the CPU."""
         return flow_sigmas(pipe.scheduler.config, num_inference_steps)
+
+    def first_noise(self, pipe: Any, sigma: float) -> float:
+        """What standard noise is multiplied by to make the pipeline's first state, at the first noise level."""
+        return 1.0
 
     # --- velocity ---------------------------------------------------------------------------------------------------------------
 

@@ -140,3 +140,17 @@ def test_configs_of_the_memory_plan(tmp_path: Path) -> None:
     assert memory["parameters"] - memory["trained"] == pytest.approx(2.243e9, rel=0.001)
     assert memory["total_checkpointed"] < 24 * 2**30
     assert "text_encoder_3" not in memory["beside"]
+
+
+def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered from outside; the search with it draws the very picture of the embedded pipeline, which it is but for a sign."""
+    from drmcli.config import resolve
+    from drmcli.recipes import sample
+    from drmcli.run import Silent
+
+    made = run("own_family.py", monkeypatch=monkeypatch)
+    flags = {"prompts": ["a large red circle above a small blue square"], "mode": "stepwise", "out": "runs/embedded"}
+    sample.run(resolve("sample", flags=flags), Silent())
+    assert made["Turned"].name == "turned"
+    with Image.open("runs/turned/images/000000.png") as a, Image.open("runs/embedded/images/000000.png") as b:
+        assert a.tobytes() == b.tobytes()

@@ -179,8 +179,13 @@ class Generator:
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """The denoiser's config."""
-        return dict(self.transformer.config)
+        """The denoiser's config, with what the family must know of the pipeline's own."""
+        return dict(self.transformer.config) | {n: self.pipe.config.get(n) for n in self.family.pipeline_facts}
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a latent pixel's side."""
+        return self.pipe.vae_scale_factor * self.family.folds
 
     @property
     def device(self) -> torch.device:
@@ -191,11 +196,11 @@ class Generator:
     @property
     def image_size(self) -> int:
         """Side in pixels of the pictures that the denoiser was made for."""
-        return self.family.image_size(self.model_config, self.pipe.vae_scale_factor)
+        return self.family.image_size(self.model_config, self.factor)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """C, H, W of the latents of a picture. Raises InputError for sides in pixels that the model cannot take."""
-        factor = self.pipe.vae_scale_factor
+        factor = self.factor
         unit = factor * self.family.patch(self.model_config)
         for flag, side in (("--height", height), ("--width", width)):
             if side % unit:
@@ -232,7 +237,7 @@ class Generator:
     def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
         side = resolution or self.image_size
-        unit = self.pipe.vae_scale_factor * self.family.patch(self.model_config)
+        unit = self.factor * self.family.patch(self.model_config)
         if side % unit:
             raise InputError(
                 f"--resolution {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}"
@@ -247,7 +252,7 @@ class Generator:
 
     def sigmas(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> Tensor:
         """The pipeline's own noise levels [n + 1], falling, float32 on the CPU. size: H, W of the latents (None: the model's own)."""
-        side = self.image_size // self.pipe.vae_scale_factor
+        side = self.image_size // self.factor
         return self.family.sigmas(self.pipe, num_inference_steps, size or (side, side))
 
     def first_state(self, noise: Tensor, sigma: float) -> Tensor:

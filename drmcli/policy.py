@@ -66,7 +66,7 @@ class Policy:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        for parameter in family.unread(family.blocks(transformer)):
+        for parameter in family.unread(transformer):
             parameter.requires_grad_(False)
         return [p for p in transformer.parameters() if p.requires_grad]
 

@@ -144,7 +144,7 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
                 parameter.requires_grad_(".lora_" in name)
         else:
             self.transformer.requires_grad_(self.config.backbone == "full")
-        for parameter in self.family.unread(self.blocks):
+        for parameter in self.family.unread(self.transformer):
             parameter.requires_grad_(False)
         self.head.requires_grad_(True)
 

@@ -73,7 +73,7 @@ def pipeline_run(generator: Generator, tiny: Tiny, steps: int, guided: bool) -> 
     try:
         height, width = tiny.size
         out = pipe(
-            PROMPTS[0], height=height, width=width, num_inference_steps=steps, output_type="latent",
+            prompt=PROMPTS[0], height=height, width=width, num_inference_steps=steps, output_type="latent",
             generator=torch.Generator().manual_seed(5), **tiny.call, **(tiny.guided if guided else tiny.plain),
         )  # fmt: skip
     finally:
@@ -247,7 +247,7 @@ def test_every_command(folder: Path, tiny: Tiny, tmp_path: Path, drm: Callable) 
     options = (
         {"height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"} | tiny.call | tiny.plain
     )
-    before = stock(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+    before = stock(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
     stock.load_lora_weights(tmp_path / "grpo" / "lora-last")
-    after = stock(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+    after = stock(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
     assert (before - after).abs().max() > 1e-6

@@ -116,6 +116,36 @@ def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:
     return diffusers.FluxPipeline._unpack_latents(latents, *size, vae_scale_factor=1)
 
 
+def klein() -> Any:
+    """FLUX.2 klein base, not distilled. It hands out its latents decoded half-way, see `klein_latents`."""
+    config = transformers.Qwen3Config(
+        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8,
+    )  # fmt: skip
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    made = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    made.bn.running_mean.fill_(0.3)
+    made.bn.running_var.fill_(2.0)
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=made,
+        text_encoder=transformers.Qwen3ForCausalLM(config), tokenizer=tokenizer(),
+        transformer=shaken(transformer, "context_embedder"),
+    )  # fmt: skip
+
+
+def klein_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens, or what the pipeline returns: latents unfolded and with the VAE's statistics."""
+    if latents.ndim == 3:
+        return latents.transpose(1, 2).unflatten(2, size)
+    return (torch.nn.functional.pixel_unshuffle(latents, 2) - 0.3) / (2.0 + 1e-4) ** 0.5
+
+
 def unet(**config: Any) -> Any:
     made = diffusers.UNet2DConditionModel(
         in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16,
@@ -171,6 +201,7 @@ def from_v(output: Tensor, state: Tensor, sigma: float) -> Tensor:
 
 PIPELINES = {
     "flux": Tiny(flux, call={"max_sequence_length": 24}, canonical=packed),
+    "flux2": Tiny(klein, call={"max_sequence_length": 24}, canonical=klein_latents),
     "sdxl": Tiny(
         sdxl, call={"original_size": (128, 192), "target_size": (128, 192)}, state=euler_state, velocity=from_noise
     ),

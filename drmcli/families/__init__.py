@@ -21,6 +21,8 @@ FAMILIES = {
     "ZImagePipeline": "z_image",
     "SanaPipeline": "sana",
     "Lumina2Pipeline": "lumina2",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2",
     "StableDiffusionPipeline": "sdxl",
     "StableDiffusionXLPipeline": "sdxl",
 }

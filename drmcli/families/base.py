@@ -11,7 +11,7 @@ gradient checkpointing computes once more in the backward pass calls no hook.
 
 Saving a policy: `Family.save_lora(folder, denoiser, pipeline)` writes the LoRA named "default" with its adapter metadata (rank, alpha,
 targets), without which plain diffusers takes alpha = rank and draws at another strength. `Family.lora_targets` are the default
-targets, `Family.unread(blocks)` the parameters of kept blocks that nothing reads.
+targets, `Family.unread(model)` the parameters of its last block that nothing reads.
 
 Dimension letters: B latents or prompts, C latent channels, H and W latent height and width, L image tokens, D token width,
 h and w the grid of the tokens.
@@ -211,6 +211,10 @@ class Family:
     steps_in_scheduler = True
     """Does the stock pipeline hand its scheduler latents [B, C, H, W] and the velocity? `StepwiseScheduler` needs that."""
 
+    folds = 1
+    """Pixels of the VAE's latents on the side of a canonical one: 2 where the transformer's channels hold 2 x 2 of them."""
+    pipeline_facts: tuple[str, ...] = ()
+    """Entries of model_index.json that go with the denoiser's config, in `guides`."""
     scheduler_facts: tuple[str, ...] = ()
     """Entries of the pipeline's scheduler config that the family must know; a reward model saves them."""
 
@@ -233,8 +237,8 @@ class Family:
         return int(config["patch_size"])
 
     def vae_factor(self, config: dict[str, Any]) -> int:
-        """Pixels on a latent pixel's side, from the VAE's config."""
-        return 2 ** (len(config["block_out_channels"]) - 1)
+        """Pixels on a canonical latent pixel's side, from the VAE's config."""
+        return self.folds * 2 ** (len(config["block_out_channels"]) - 1)
 
     def image_size(self, config: dict[str, Any], factor: int) -> int:
         """Side in pixels of the pictures that the model was made for; factor: the VAE's."""
@@ -350,9 +354,11 @@ class Family:
         setattr(model, norm, Zeros(getattr(model, projection).out_features))
         setattr(model, projection, nn.Identity())
 
-    def unread(self, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-        """Parameters of the last of these blocks that nothing reads when no block follows."""
-        return [p for name, p in blocks[-1].named_parameters() if name.startswith(self.text_outputs or ("\0",))]
+    def unread(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters of a cut or whole model's last block that nothing reads, since no block follows."""
+        return [
+            p for name, p in self.blocks(model)[-1].named_parameters() if name.startswith(self.text_outputs or ("\0",))
+        ]
 
     def tokens(self, output: Any, inputs: dict[str, Any], grid: tuple[int, int]) -> Tensor:
         """The image tokens [B, L, D] in what a block returned, row by row of the grid; inputs: the forward's."""

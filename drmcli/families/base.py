@@ -256,9 +256,13 @@ class Family:
         """The name of the latent space. Reward models may be used across generators whose latent spaces have one name."""
         return self.name
 
+    def width(self, model: nn.Module) -> int:
+        """D, where it is one for all blocks."""
+        return int(model.inner_dim)  # type: ignore[arg-type]
+
     def widths(self, model: nn.Module, taps: Sequence[int]) -> list[int]:
         """D of each of these blocks."""
-        return [int(model.inner_dim)] * len(taps)  # type: ignore[arg-type]
+        return [self.width(model)] * len(taps)
 
     # --- pipeline ---------------------------------------------------------------------------------------------------------------
 

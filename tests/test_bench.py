@@ -206,7 +206,7 @@ def test_score_command(reward_folder: Path, tmp_path: Path, drm) -> None:
 
 
 def test_show_reports_any_run(reward_folder: Path, tmp_path: Path, drm) -> None:
-    run(reward_folder, tmp_path / "run", pairs=12, sigmas=[0.25])
+    run(reward_folder, tmp_path / "run", pairs=12, sigmas=[0.25, 0.75])
     result = drm("show", tmp_path / "run")
     assert result.code == 0, result.err
     assert "strict" in result.out

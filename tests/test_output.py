@@ -76,6 +76,7 @@ def test_the_embedded_models_are_named_by_what_they_are(drm, tmp_path: Path) -> 
     assert spoken("owner/name") == "owner/name"
     flags = ["--pairs", "6", "--sigma", "0.25", "--set", "shapes_generated=0", "--scorer", "shapes"]
     bench = drm("bench", *flags, "--out", tmp_path / "b")
+    assert not (tmp_path / "b" / "accuracy_by_noise.png").exists(), "one noise level is no curve"
     shown = drm("show", tmp_path / "b")
     page = (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
     for text in (bench.out, bench.err, shown.out, page):
@@ -88,3 +89,4 @@ def test_a_table_in_a_pipe_is_not_wrapped(drm, tmp_path: Path) -> None:
     prompt = "a large red circle above a small blue square " * 5
     drawn = drm("sample", prompt, "--steps", "1", "--reward", "none", "--out", tmp_path / "r")
     assert prompt.strip() in drawn.out
+    assert drawn.err.splitlines()[-1] == f"next: drm show {tmp_path / 'r'}"

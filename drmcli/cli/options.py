@@ -233,7 +233,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
 
     from drmcli import config as configs
     from drmcli.cli import inputs, render
-    from drmcli.cli.output import Screen, show_json
+    from drmcli.cli.output import Screen, show_json, stderr
 
     flags = {k: v for k, v in options.items() if k not in NOT_CONFIG}
     config = configs.resolve(
@@ -261,6 +261,8 @@ def execute(command: str, options: dict[str, Any]) -> None:
         print(summary["run"])
     else:
         render.SUMMARIES[command](summary)
+        if command in render.NEXT:
+            stderr().print(f"next: {render.NEXT[command](summary)}")
     limit = getattr(config, "fail_under", None)
     if limit is not None and summary["accuracy"] < limit:
         from drmcli.errors import RunError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +24,7 @@ CELL = 400
 """Characters of a cell."""
 WORDS = {
     "prompt",
+    "to do",
     "image",
     "picture",
     "path",
@@ -84,7 +87,6 @@ def train_reward(s: dict[str, Any]) -> None:
     console.print(made)
     console.print(f"{s['train_pairs']} training pairs, {s['seconds']:.0f} s on {s['device']}")
     console.print(f"reward model: {s['reward']}")
-    console.print(f"next: drm bench --reward {s['reward']}")
 
 
 def span(ci95: list[float | None], form: str) -> str:
@@ -274,6 +276,8 @@ def sample(s: dict[str, Any]) -> None:
     console.print(
         f"{s['images_per_second']:g} pictures/s, {s['seconds']:.0f} s on {s['device']}{memory}; grid: {s['grid']}",
     )
+    if (traces := Path(s["run"]) / "traces").is_dir():
+        console.print(f"trees of candidates: {traces}")
 
 
 def grpo(s: dict[str, Any]) -> None:
@@ -350,6 +354,17 @@ def reproduce(s: dict[str, Any]) -> None:
     console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)")
 
 
+NEXT: dict[str, Callable[[dict[str, Any]], str]] = {
+    "train-reward": lambda s: f"drm bench --reward {shlex.quote(s['reward'])}",
+    "bench": lambda s: f"drm show {shlex.quote(s['run'])}",
+    "score": lambda s: f"drm show {shlex.quote(s['run'])}",
+    "sample": lambda s: f"drm show {shlex.quote(s['run'])}",
+    "grpo": lambda s: (
+        f'drm sample "a prompt" --lora {shlex.quote(s["lora"])}' if s["lora"] else f"drm show {shlex.quote(s['run'])}"
+    ),
+    "demo": lambda s: "drm train-reward --data pairs.jsonl, with your own pictures: examples/guides/own-data.md",
+}
+"""What to run next, said on stderr at a command's end."""
 SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "train-reward": train_reward,
     "bench": bench,

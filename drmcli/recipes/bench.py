@@ -108,11 +108,12 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
             "bad_images": first.bad,
         }
         with guarded(folder.folder):
-            accuracy_by_noise(
-                folder.folder / "accuracy_by_noise.png",
-                {config.dataset: summary["by_sigma"]},
-                title=f"{config.dataset}: pair accuracy by noise level",
-            )
+            if len(summary["by_sigma"]) > 1:  # one noise level is no curve
+                accuracy_by_noise(
+                    folder.folder / "accuracy_by_noise.png",
+                    {config.dataset: summary["by_sigma"]},
+                    title=f"{config.dataset}: pair accuracy by noise level",
+                )
             calibration_plot(folder.folder / "calibration.png", summary["calibration"], title=config.dataset)
             shutil.rmtree(folder.folder / "partial", ignore_errors=True)
         return folder.finish(summary)

@@ -114,7 +114,8 @@ def write_report(found: Found) -> Path:
             training_curve(plot, metrics, title=folder.name)
     for picture in sorted(folder.glob("*.png")):
         if picture.is_file():
-            page.picture(picture, CAPTIONS.get(picture.name, picture.name))
+            about = CAPTIONS.get(picture.name)
+            page.picture(picture, f"{picture.name}: {about}" if about else picture.name)
     page.heading("Tables")
     page.table(["table", "rows"], [[name, str(len(table))] for name, table in found.tables.items()])
     page.heading("Config")

@@ -20,7 +20,7 @@ Width = Annotated[int, Field(gt=0, le=65_536)]
 """Of a layer, a LoRA's rank."""
 Pixels = Annotated[int, Field(gt=0, le=65_536)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Seed = Annotated[int, Field(ge=0, lt=4_611_686_018_427_387_904)]
 """The seeds after it must fit an int64 column too."""
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]

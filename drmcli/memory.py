@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from drmcli.families.base import Conditioning, Family
@@ -166,12 +168,15 @@ def _traced(
     guided: bool,
 ) -> MemoryPlan:
     """One forward pass of `step` on fake tensors, without and with gradient checkpointing, added up."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealMasks():
         _make_fake(model)
         n = 2 * count if guided else count
         denoiser, family, transformer = backbone
         latents = torch.randn(n, family.channels(transformer), *size)
         cond = family.blank(transformer, n, tokens)
+        if "mask" in cond.tensors:
+            with unset_fake_temporarily():
+                cond = Conditioning(cond.tensors, mask=torch.ones(n, tokens, dtype=torch.bool))
         sigma = torch.rand(n)
 
         def saved() -> int:
@@ -218,16 +223,36 @@ def component_bytes(
     return found
 
 
+class _RealMasks(TorchFunctionMode):
+    """Computes with real numbers what follows from real tensors alone: models lay their sequences out by the sums of a mask."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def _make_fake(model: nn.Module) -> None:
     """Tensors of the meta device as fake ones of the CPU, whose kernels keep what real ones would."""
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(fake, value))
+        return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, value in vars(module).items():  # tables of position codes that are no buffers
+            if isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(torch.is_tensor, value))):
+                setattr(module, name, fake(value))
 
 
 def store_frozen_in(model: RewardModel, dtype: torch.dtype) -> None:

@@ -402,13 +402,14 @@ SELECT: dict[str, Select] = {"stepwise": best, "beam": best, "halving": best, "s
 MODES = ("plain", "best-of-n", *SELECT)
 
 
-def expected_calls(search: Search, sigmas: Tensor, *, trace: bool = False) -> Calls:
+def expected_calls(search: Search, sigmas: Tensor, *, trace: bool = False, guided: bool | None = None) -> Calls:
     """Calls of the models for one picture, counted from the settings alone, without blocks that are shared.
 
-    sigmas: the schedule [n + 1]. A reward is assumed to be there.
+    sigmas: the schedule [n + 1]. A reward is assumed to be there. guided: does the guidance scale take a second pass (None: any
+    other than 1 does)? See `Family.guides`.
     """
     calls, total = Calls(), len(sigmas) - 1
-    each = 1 if search.guidance_scale == 1.0 else 2
+    each = 1 + (search.guidance_scale != 1.0 if guided is None else guided)
 
     def down(way: Search, first: int, n: int) -> tuple[int, bool]:
         """Ends of a way down, and whether the last step has judged the only one."""

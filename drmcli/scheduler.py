@@ -12,6 +12,7 @@ Dimension letters as in `sampling`: I pictures, K candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         length = reward.config.max_sequence_length if max_sequence_length is None else max_sequence_length
         if not reward.family.steps_in_scheduler:
             raise InputError(
-                f"StepwiseScheduler: {type(pipe).__name__} does not hand its scheduler what a reward model can judge",
+                f"StepwiseScheduler: {type(pipe).__name__} does not take flow-matching Euler steps on latents [C, H, W]",
                 hint="use `drm sample --stepwise`",
             )
         encoder = Generator(
@@ -83,6 +84,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         self._state: Tensor | None = None
         self.candidates = []
 
+    @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines look for its parameter `sigmas`
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         if hasattr(self, "models"):

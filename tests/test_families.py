@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES, Tiny
 from torch import Tensor
 
+from drmcli.errors import InputError
 from drmcli.families.base import Conditioning, joined, rows_of
 from drmcli.generator import Generator
+from drmcli.memory import SavedBytes, plan_training
 from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
+from drmcli.scheduler import StepwiseScheduler
 
 PIPELINES = PIPELINES | {
     "qwen_image": tiny_qwen_image.TINY,
@@ -217,6 +221,39 @@ def test_going_on_from_any_block(generator: Generator, folder: Path, tiny: Tiny)
         )
         torch.testing.assert_close(v, whole[swapped], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(generator.velocity(x, sigma, cond, None, scale), whole)
+
+
+def test_the_scheduler_in_the_stock_pipeline(
+    folder: Path, generator: Generator, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step-wise search by the stock pipeline is that of drm; a pipeline whose scheduler cannot be swapped is told so."""
+    reward, pipe, (height, width) = reward_on(folder, tiny), generator.pipe, tiny.size
+    make = partial(StepwiseScheduler.from_pipe, pipe, reward, prompt=PROMPTS[0], beams=2, seed=5)
+    if not generator.family.steps_in_scheduler:
+        with pytest.raises(InputError, match="StepwiseScheduler: .* does not take"):
+            make()
+        return
+    search = Search(num_inference_steps=3, guidance_scale=tiny.scales[0], mode="stepwise", beams=2)
+    cond = generator.encode_prompts(PROMPTS[:1])
+    ours = sample(generator, reward, cond, cond, [5], search, shape=generator.latent_shape(*tiny.size))
+    monkeypatch.setattr(pipe, "scheduler", make())
+    theirs = pipe(
+        PROMPTS[0], height=height, width=width, num_inference_steps=3, output_type="latent",
+        generator=torch.Generator().manual_seed(5), **tiny.call, **tiny.plain,
+    ).images  # fmt: skip
+    torch.testing.assert_close(tiny.canonical(theirs, ours.latents.shape[2:]), ours.latents, atol=1e-4, rtol=1e-4)
+
+
+def test_the_memory_plan_is_what_a_step_keeps(generator: Generator, folder: Path, tiny: Tiny) -> None:
+    """Bytes that real tensors keep for the backward pass, against the plan from the config. Two prompts of one length, as planned."""
+    model = reward_on(folder, tiny, backbone="lora", lora_rank=2).train()
+    cond = generator.encode_prompts(PROMPTS[:1] * 2)
+    side, channels = 8, generator.family.channels(generator.model_config)
+    tokens = cond.prompt_embeds.shape[1]
+    planned = plan_training(model.config, images=2, latent_side=side, tokens=tokens, mixed=torch.float32, ema=False)
+    with SavedBytes(model) as kept:
+        model.score(torch.randn(2, channels, side, side), torch.tensor([0.3, 0.8]), cond)
+    assert planned.activations == pytest.approx(kept.total, rel=0.05)
 
 
 def run(drm: Callable, *args: object) -> dict:

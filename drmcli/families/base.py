@@ -209,7 +209,8 @@ class Family:
     shares_blocks = True
     """Can a generator go on from what a reward model's blocks computed?"""
     steps_in_scheduler = True
-    """Does the stock pipeline hand its scheduler latents [B, C, H, W] and the velocity? `StepwiseScheduler` needs that."""
+    """Does the stock pipeline hand its scheduler, a flow-matching Euler one, latents [B, C, H, W] and the velocity? `StepwiseScheduler`
+    needs that."""
 
     folds = 1
     """Pixels of the VAE's latents on the side of a canonical one: 2 where the transformer's channels hold 2 x 2 of them."""

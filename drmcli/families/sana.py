@@ -27,6 +27,8 @@ class Sana(Family):
         "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
     )  # fmt: skip
 
+    steps_in_scheduler = False
+
     def vae_factor(self, config: dict[str, Any]) -> int:
         return 2 ** (len(config["encoder_block_out_channels"]) - 1)
 

@@ -65,7 +65,7 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
         tokens=known.prompt_tokens,
         mixed=mixed,
         ema=config.ema_decay > 0,
-        guided=config.guidance_scale != 1,
+        guided=known.family.guides(known.transformer, config.guidance_scale),
     )
     beside = dict(known.beside(mixed))
     if not config.text_encoder_3:

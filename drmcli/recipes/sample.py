@@ -384,7 +384,8 @@ def plan(config: Sample) -> dict[str, Any]:
     config = methods.settled(config, decided.append)
     prompts = [] if config.tune else checked_prompts(config)
     known = describe_generator(config)
-    calls = expected_calls(methods.search_of(config), schedule(config.steps), trace=config.trace)
+    guided = known.family.guides(known.transformer, config.guidance_scale)
+    calls = expected_calls(methods.search_of(config), schedule(config.steps), trace=config.trace, guided=guided)
     return {
         "pictures": len(prompts) * config.num_images,
         "mode": config.mode,

@@ -14,6 +14,8 @@ def share(reward: RewardModel, generator: Generator) -> str | None:
     Folders and ids say nothing: what the encoders compute is compared, whether T5 is there, and its length. Returns what a user must
     know: that encoders were loaded in addition, or that the training's own cannot be had and the scores will be somewhat off.
     """
+    if reward.own_encoders:
+        return None
     try:
         facts = differences(reward, generator.prints(reward.family.text), generator.max_sequence_length)
     except DrmError as error:  # a reward model with weights of its own can do without its base, but not as well

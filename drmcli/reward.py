@@ -49,6 +49,8 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
 
     picture_sigma = 0.25
     """Noise level at which finished pictures are judged where nobody says another."""
+    own_encoders = False
+    """Does it come with text encoders of its own, which no generator has?"""
 
     def __init__(self, config: RewardConfig, transformer: Any):
         super().__init__()

@@ -48,9 +48,9 @@ class LazyGenerator:
 
     @classmethod
     def of_reward(cls, reward: RewardModel, dtype: torch.dtype, device: torch.device) -> LazyGenerator:
-        """The pipeline that a reward model was cut from."""
+        """The pipeline that a reward model was cut from; what comes with the model itself is taken as it is."""
         c = reward.config
-        return cls(
+        made = cls(
             c.base_model,
             flag="base model of --reward",
             revision=c.base_revision,
@@ -59,6 +59,9 @@ class LazyGenerator:
             text_encoder_3=c.text_encoder_3,
             max_sequence_length=c.max_sequence_length,
         )
+        if reward.own_encoders:
+            made._loaded = reward.generator()
+        return made
 
     def encoders(self) -> Generator:
         """At least the VAE and the text encoders."""

@@ -103,6 +103,16 @@ TABLE = {
         "(liuhuohuo/DiNa-LRM-SD35M-12layers, Apache-2.0; the base's licence binds)",
         states=True,
     ),
+    "lrm-sd15": Named(
+        "LRM on the Stable Diffusion 1.5 U-Net, noisy latents too; 4 GB, of which half is read "
+        "(casiatao/LRM, MIT code on CreativeML Open RAIL-M weights)",
+        states=True,
+    ),
+    "lrm-sdxl": Named(
+        "LRM on the Stable Diffusion XL U-Net, noisy latents too; 14 GB, of which half is read "
+        "(casiatao/LRM, MIT code on CreativeML Open RAIL++-M weights)",
+        states=True,
+    ),
     "shapes": Named(
         "the judge of the embedded world, 0 to 1 (no weights)",
         "drmcli.scorers.plain:shapes",

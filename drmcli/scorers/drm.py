@@ -5,7 +5,7 @@ Dimension letters: B pictures or latents, C, H, W latent channels, height, width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from drmcli.config import package_path
 from drmcli.encoders import share
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
-from drmcli.scorers import dina
+from drmcli.scorers import dina, lrm
 
 
 def published(ref: str) -> tuple[Any, str]:
@@ -28,11 +28,16 @@ def published(ref: str) -> tuple[Any, str]:
     """
     name, _, folder = ref.partition("=")
     place = package_path(ref)
-    for kind, known, repository, holds in ((dina.DiNaLRM, "dina-lrm", dina.REPOSITORY, dina.is_published_layout),):
+    known: tuple[tuple[Any, str, str, Callable[[str], bool]], ...] = (
+        (dina.DiNaLRM, "dina-lrm", dina.REPOSITORY, dina.is_published_layout),
+        (lrm.LRM, "lrm-sd15", "lrm-sd15", lrm.is_published_layout),
+        (lrm.LRM, "lrm-sdxl", "lrm-sdxl", lrm.is_published_layout),
+    )
+    for kind, called, repository, holds in known:
         if Path(place).is_dir():
             if holds(place):
                 return kind, place
-        elif name == known or ref == repository:
+        elif name == called or ref == repository:
             return kind, folder or repository
     return None, ref
 

@@ -50,6 +50,14 @@ def test_every_command_runs(page: Path, drm: Callable[..., Outcome], tmp_path: P
         Image.open(tmp_path / f"{source}.png").save(tmp_path / f"{name}.webp")
     Image.open(tmp_path / "0-a.png").save(tmp_path / "0_0.png")
     assert file.name == "pairs.jsonl"
+    (tmp_path / "prompts.txt").write_text("a large red circle\na small green triangle on the left\n")
     for words in commands(page):
         result = drm(*words, "--quiet") if words[0] not in ("data", "config", "show") else drm(*words)
         assert result.code == 0, (words, result.err)
+
+
+def test_the_command_reference_is_that_of_the_command_line() -> None:
+    """Made again by `python -m drmcli.cli.reference > examples/guides/commands.md`."""
+    from drmcli.cli.reference import page
+
+    assert (ROOT / "examples" / "guides" / "commands.md").read_text(encoding="utf-8") == page()

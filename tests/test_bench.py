@@ -20,7 +20,7 @@ from drmcli.config import resolve
 from drmcli.data.preferences import Preferences
 from drmcli.errors import Interrupted, RunError
 from drmcli.measure.protocols import Pairs
-from drmcli.recipes import bench
+from drmcli.recipes import bench, bench_tables
 from drmcli.results import read
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions, Silent
@@ -359,7 +359,7 @@ def test_breakdown_and_calibration() -> None:
         prompt=np.zeros(4), label=np.ones(4), score_chosen=np.array([1.0, 0.0, 1.0, 0.0]),
         score_rejected=np.array([0.0, 1.0, 0.0, 1.0]), chosen_first=np.ones(4, bool),
     )  # fmt: skip
-    found = bench.breakdown(data, table, "strict")
+    found = bench_tables.breakdown(data, table, "strict")
     assert [(r["name"], r["n_pairs"], round(r["accuracy"], 1)) for r in found["category"]] == [
         ("photo", 3, 66.7), ("anime", 1, 0.0),
     ]  # fmt: skip

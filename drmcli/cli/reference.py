@@ -13,8 +13,8 @@ from drmcli.config import COMMANDS
 
 HEAD = """# Commands
 
-Every option of every command, as `drm COMMAND --help-all` shows them. A value is taken from the first that has it: flag, `--set`, `--config`,
-`--preset`, default. Options that every command has: `--json` (one JSON object on stdout), `--quiet` (the run folder's path alone),
+Every option of every command, as `drm COMMAND --help-all` shows them. A value is taken from the first that has it: flag, `--set`,
+`--config`, `--preset`, default. Every command has `--json` (one JSON object on stdout), `--quiet` (the run folder's path alone),
 `--debug` (tracebacks), `--help`.
 
 This page is made by `python -m drmcli.cli.reference`.

@@ -1,5 +1,6 @@
 """Configs of the commands: what can be set (schema) and where values come from (resolve)."""
 
+from drmcli.config.aligning import Grpo
 from drmcli.config.commands import COMMANDS, SINGULAR
 from drmcli.config.reproducing import Reproduce
 from drmcli.config.resolve import (
@@ -23,7 +24,6 @@ from drmcli.config.schema import (
     Data,
     Demo,
     Drawing,
-    Grpo,
     Sample,
     Score,
     TrainReward,

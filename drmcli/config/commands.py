@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from drmcli.config.aligning import Grpo
 from drmcli.config.making import DataLabel, DataMake
 from drmcli.config.reproducing import Reproduce
-from drmcli.config.schema import Bench, Demo, Grpo, Sample, Score, TrainReward
+from drmcli.config.schema import Bench, Demo, Sample, Score, TrainReward
 from drmcli.config.serving import Serve
 
 COMMANDS: dict[str, type] = {

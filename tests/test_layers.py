@@ -23,7 +23,7 @@ def ground() -> set[str]:
 
 
 MODELS = {"generator", "reward", "policy", "memory", "scheduler", "measure.detect", "tiny.build", "tiny.shapes",
-          "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3"}  # fmt: skip
+          "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3", "scorers.lrm"}  # fmt: skip
 """Modules that may see diffusers and transformers, besides the recipes."""
 
 

@@ -48,11 +48,14 @@ def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str 
 
 def of_folder(folder: Path) -> str:
     """A short hash of one part's config, vocabulary and weights."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in READ)
+    plain = [file for file in files if not any(file.match(variant) for variant in VARIANTS)]
+    if not any(file.suffix == ".safetensors" for file in plain):  # weights in one format alone, with its name in theirs
+        plain = files
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in READ and not any(file.match(variant) for variant in VARIANTS):
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-            digest.update(_sampled(file))
+    for file in plain:
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        digest.update(_sampled(file))
     return digest.hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drmcli import encoders
+from drmcli.fingerprints import of_folder
 from drmcli.generator import Generator
 from drmcli.reward import RewardModel
 from drmcli.scorers.combine import Rewards
@@ -106,6 +107,17 @@ def test_a_run_warns_and_goes_on(drm, reward_folder: Path, tmp_path: Path) -> No
     )
     assert done.code == 0, done.err
     assert "3 tokens, not 1" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_weights_with_a_variant_in_their_names_are_told_apart(generator_folder: Path, tmp_path: Path) -> None:
+    prints = []
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        shutil.copytree(generator_folder / "text_encoder", tmp_path / name)
+        tensors = {k: v * scale for k, v in load_file(tmp_path / name / "model.safetensors").items()}
+        (tmp_path / name / "model.safetensors").unlink()
+        save_file(tensors, tmp_path / name / "model.fp16.safetensors")
+        prints.append(of_folder(tmp_path / name))
+    assert prints[0] != prints[1]
 
 
 def test_the_scale_of_an_older_file_is_read(reward_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ GROUND = {"__init__", "errors", "files", "signals", "run", "results", "report", 
           "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip
 """Single modules that do without torch, besides the folders below."""
 GROUND_FOLDERS = ("config", "data", "measure")
-WITH_TORCH = {"data.cache", "data.batches", "measure.detect"}
+WITH_TORCH = {"data.cache", "data.batches", "data.sources", "data.store", "measure.detect"}
 """Modules of those folders that hold tensors."""
 
 

@@ -85,6 +85,10 @@ class Data:
     """Percent of damaged or missing images above which the run stops."""
     encode_batch_size: Count = 64
     """Images that go through the VAE, and prompts through the text encoders, at once."""
+    prompt_cache: Literal["auto", "disk", "live"] = "auto"
+    """Prompts' embeddings: on disk, or encoded live for each batch; auto is disk where a quarter of its free space holds them."""
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Number format of the prompts' embeddings on disk; auto is the text encoders' own."""
     allow_outside: bool = False
     """Let a data file name images outside its own folder."""
 

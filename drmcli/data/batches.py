@@ -6,7 +6,7 @@ the same. Dimension letters: N pairs, U pictures, K prompts of a micro-batch, C,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from drmcli.config import TrainReward
-from drmcli.data import cache
+from drmcli.data.cache import Pictures
 from drmcli.data.preferences import Preferences
+from drmcli.data.sources import PromptSource
 from drmcli.families.base import Conditioning
 from drmcli.run import seed_of
 
@@ -40,10 +41,26 @@ class IndexedPairs:
         return len(self.prompt)
 
 
+@dataclass
+class Encoded:
+    """A dataset's pictures and prompts as the model takes them, by position in its lists."""
+
+    pictures: Pictures
+    source: PromptSource
+
+    def latents(self, index: Sequence[int]) -> Tensor:
+        """Clean latents [len(index), C, H, W] of pictures, float32 on the CPU."""
+        return self.pictures.latents(index)
+
+    def prompts(self, index: Sequence[int]) -> Conditioning:
+        """Conditioning of prompts; on the encoders' device where they are asked live."""
+        return self.source.prompts(index)
+
+
 class EncodedPairs(IndexedPairs):
     """The same with their encoded pictures and prompts."""
 
-    def __init__(self, data: Preferences, encoded: cache.Encoded):
+    def __init__(self, data: Preferences, encoded: Encoded):
         super().__init__(data)
         self.encoded = encoded
 

@@ -22,6 +22,7 @@ from drmcli.data.batches import IndexedPairs
 from drmcli.data.datasets import DATASETS
 from drmcli.data.images import BadImage, load_image
 from drmcli.data.preferences import Preferences
+from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.measure.protocols import Pairs
@@ -189,7 +190,7 @@ class _Bench:
             )
             for text in warnings:
                 folder.warn(text)
-            base.free()
+            base.free(keep_text=isinstance(pairs.encoded.source, LivePrompts))
             scorer = PairScorer(pairs)
 
             def score(index: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drmcli.config import package_path
+from drmcli.config import local_or_hub, package_path
 from drmcli.data import cache
-from drmcli.data.batches import EncodedPairs, IndexedPairs
+from drmcli.data.batches import Encoded, EncodedPairs, IndexedPairs
 from drmcli.data.datasets import read
 from drmcli.data.preferences import Preferences
+from drmcli.data.sources import open_prompts
 from drmcli.errors import DrmError, InputError, RunError
-from drmcli.generator import Generator, PromptEmbeds, pick_dtype
+from drmcli.families import family_of
+from drmcli.families.base import Family
+from drmcli.fingerprints import of_parts
+from drmcli.generator import Generator, PromptEmbeds, denoiser_config, pick_dtype, quiet_libraries, read_index
+from drmcli.hub import explained
 from drmcli.noise import score_clean
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
@@ -73,8 +80,39 @@ class LazyGenerator:
             return self._load(("text", "vae", "transformer"))
         return self._loaded
 
-    def free(self) -> None:
-        if self._loaded is not None:
+    def prints(self) -> tuple[str, str]:
+        """Short hashes of what the VAE and the text encoders compute, number format and prompt length included; nothing is loaded."""
+        text = [name for name in self._family().text if self.options["text_encoder_3"] or not name.endswith("_3")]
+        kind = str(self.options["dtype"])
+        facts = [
+            (of_parts(self.ref, self.options["revision"], ["vae"], flag=self.flag), kind),
+            (
+                of_parts(self.ref, self.options["revision"], text, flag=self.flag),
+                kind,
+                self.options["max_sequence_length"],
+            ),
+        ]
+        vae, words = (hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for fact in facts)
+        return vae, words
+
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that the model was made for; nothing is loaded."""
+        where, revision, family = local_or_hub(self.ref, self.flag), self.options["revision"], self._family()
+        with explained(self.ref, self.flag), quiet_libraries():
+            library, kind = read_index(where, revision)["vae"]
+            vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=revision)
+            return family.image_size(denoiser_config(family, where, revision), family.vae_factor(vae))
+
+    def _family(self) -> Family:
+        with explained(self.ref, self.flag), quiet_libraries():
+            index = read_index(local_or_hub(self.ref, self.flag), self.options["revision"])
+        return family_of(str(index.get("_class_name")), f"{self.flag} {self.ref}")
+
+    def free(self, *, keep_text: bool = False) -> None:
+        """Let go of the weights, or of all but the text encoders."""
+        if self._loaded is not None and keep_text:
+            self._loaded.pipe.vae = None
+        elif self._loaded is not None:
             self._loaded.free()
             self._loaded = None
 
@@ -162,19 +200,19 @@ def encode_pairs(
     Returns the pairs that remain, the bad pictures as "key: reason", and warnings about prompts that were cut. Raises
     RunError when more than `max_bad` percent are bad, after writing the list to bad_images.txt.
     """
-
-    encoded = cache.encode(
-        data.images,
-        data.prompts,
-        generator.encoders,
-        lambda g: (g.fingerprint(("vae",)), g.fingerprint(("text",))),
-        resolution=resolution,
-        root=cache.cache_root(config.cache_dir),
-        batch_size=config.encode_batch_size,
-        reporter=run.reporter,
-        workers=workers,
+    root = cache.cache_root(config.cache_dir)
+    shared: dict[str, Any] = {
+        "root": root,
+        "batch_size": config.encode_batch_size,
+        "reporter": run.reporter,
+        "workers": workers,
+    }
+    prompts = open_prompts(
+        data.prompts, generator, where=config.prompt_cache, dtype=config.cache_dtype, note=run.note, **shared
     )
-    lost = [f"{fault.key}: {fault.reason}" for fault in encoded.bad]
+    pictures = cache.encode_pictures(data.images, generator, resolution=resolution, **shared)
+    encoded = Encoded(pictures, prompts)
+    lost = [f"{data.images[i].key}: {reason}" for i, reason in sorted(pictures.bad.items())]
     if lost:
         if workers.rank == 0:
             write_text(run.path("bad_images.txt"), "".join(line + "\n" for line in lost))
@@ -185,7 +223,8 @@ def encode_pairs(
                 hint=f"see {run.folder / 'bad_images.txt'}; mend them, or raise --max-bad",
             )
         run.warn(f"{data.name}: left out {len(lost)} images that cannot be read, the first is {lost[0]}")
-        bad = np.array([key is None for key in encoded.image_keys])
+        bad = np.zeros(len(data.images), bool)
+        bad[list(pictures.bad)] = True
         pairs = data.pairs
         fine = ~(bad[pairs["chosen"].to_numpy()] | bad[pairs["rejected"].to_numpy()])
         data = Preferences(**{**vars(data), "pairs": pairs[fine].reset_index(drop=True)})
@@ -198,7 +237,7 @@ def encode_pairs(
             + (f", and {len(lost)} images cannot be read" if lost else ""),
             hint=f"see {run.folder / 'bad_images.txt'}" if lost else "give pairs a weight above 0, or leave weight out",
         )
-    cut = sum(generator.encoders().truncated(p) for p in data.prompts)
+    cut = prompts.cut
     warnings = [
         f"{data.name}: {cut} of {len(data.prompts)} prompts are longer than the text encoders read; their ends are cut"
     ]
@@ -236,5 +275,5 @@ class PairScorer:
         if shared_noise:
             keys = [self.pairs.data.prompts[i] for i in prompt]
         else:
-            keys = [encoded.image_keys[i] or "" for i in image]
+            keys = [encoded.pictures.key(i) or "" for i in image]
         return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)

@@ -19,6 +19,7 @@ from drmcli.config import TrainReward
 from drmcli.data import cache
 from drmcli.data.batches import Batches, EncodedPairs, micro_batches
 from drmcli.data.preferences import Preferences
+from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError
 from drmcli.generator import pick_dtype, use_attention
 from drmcli.measure.protocols import Pairs, accuracy
@@ -274,7 +275,7 @@ def encoded_data(
         for text in warnings:
             folder.warn(text)
         encoded.append(pairs)
-    generator.free()
+    generator.free(keep_text=any(isinstance(pairs.encoded.source, LivePrompts) for pairs in encoded))
     return encoded[:-1], ratios, PairScorer(encoded[-1])
 
 

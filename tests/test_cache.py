@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from drmcli.data.datasets import read_file
 from drmcli.data.images import BytesImage, FileImage
 from drmcli.data.manifest import Manifest, Stamps
 from drmcli.data.sources import open_prompts
-from drmcli.errors import RunError
+from drmcli.errors import DrmError, InputError, RunError
 from drmcli.generator import Generator
 from drmcli.run import Silent
 
@@ -165,16 +167,16 @@ def test_killed_half_way_leaves_nothing_half(
 ) -> None:
     monkeypatch.setattr(store, "SHARD_BYTES", 5 * 4 * 16 * 16 * 4)
     data = read_file(write_pairs(tmp_path / "data", 6))
-    original, calls = store.write_bytes, []
+    original, calls = store.write_shard, []
 
-    def dies(path: Path, content: bytes) -> None:
+    def dies(path: Path, *content) -> None:
         calls.append(path)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        original(path, content)
+        original(path, *content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_bytes", dies)
+        patch.setattr(store, "write_shard", dies)
         with pytest.raises(KeyboardInterrupt):
             encode(generator, data.images, [], tmp_path / "cache")
     count = Counting(generator, monkeypatch)
@@ -391,3 +393,16 @@ def test_a_manifest_of_many_parts_is_joined(tmp_path: Path) -> None:
     assert store.digest_of(book.find(stamps), 0) == sha("19")
     file.write_bytes(b"other")
     assert book.find(Stamps.of([FileImage("x", str(file))]))[0] == b""
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, InputError), (errno.ENOSPC, RunError)])
+def test_a_cache_that_cannot_be_written_names_the_option(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[DrmError]
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store, "save_file", refused)
+    with pytest.raises(kind, match=f"cache {tmp_path}.*: cannot be written") as told:
+        encode(generator, [], ["a circle"], tmp_path)
+    assert "--cache-dir" in told.value.hint and "--no-cache" in told.value.hint

@@ -154,3 +154,14 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["Turned"].name == "turned"
     with Image.open("runs/turned/images/000000.png") as a, Image.open("runs/embedded/images/000000.png") as b:
         assert a.tobytes() == b.tobytes()
+
+
+def test_a_small_million_of_pairs(tmp_path: Path) -> None:
+    """The stages of the study, but for the one of memory, in this process."""
+    made = runpy.run_path(str(ROOT / "examples" / "studies" / "million_pairs.py"), run_name="example")
+    made["make"](tmp_path, 300, 40, 60)
+    assert made["stage_read"](tmp_path) == {"pairs": 300}
+    first = made["stage_start"](tmp_path)
+    assert first == {"pictures": 60, "prompts": 40}
+    assert made["stage_restart"](tmp_path)["encoders loaded"] == 0
+    assert made["stage_step"](tmp_path)["seconds"] < 60

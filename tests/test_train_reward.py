@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from drmcli.config import resolve
 from drmcli.data.batches import draw_sigmas
-from drmcli.errors import Interrupted, RunError
+from drmcli.errors import InputError, Interrupted, RunError
 from drmcli.families.base import Conditioning
 from drmcli.flow import add_noise
 from drmcli.losses import bradley_terry
@@ -178,6 +178,25 @@ def test_own_pairs_with_ties_and_weights(tmp_path: Path) -> None:
     train(tmp_path / "with", data=[str(with_it)], **flags)
     train(tmp_path / "without", data=[str(without)], **flags)
     assert digest(tmp_path / "with") == digest(tmp_path / "without")
+
+
+def test_live_prompts_train_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded for each batch or kept: the weights differ by rounding alone. And without a cache nothing is left of one."""
+    monkeypatch.setenv("DRM_CACHE", str(tmp_path / "cache"))
+    slow = {"steps": 2, "lr": 1e-5, "head_lr": 1e-5}
+    train(tmp_path / "live", **slow, prompt_cache="live", no_cache=True)
+    assert not (tmp_path / "cache").exists()
+    train(tmp_path / "disk", **slow)
+    assert_close(weights(tmp_path / "disk"), weights(tmp_path / "live"), atol=1e-4)
+    assert read(tmp_path / "disk" / "metrics")["loss"].tolist() == pytest.approx(
+        read(tmp_path / "live" / "metrics")["loss"].tolist(), abs=1e-5
+    )
+
+
+def test_nothing_to_learn_from_is_said_with_the_reason(tmp_path: Path) -> None:
+    ties = write_pairs(tmp_path / "a", 4, label=[0.5] * 4, weight=[0.0] * 4)
+    with pytest.raises(InputError, match="4 have the weight 0"):
+        train(tmp_path / "run", data=[str(ties)])
 
 
 def test_mixing_takes_the_asked_shares(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class Data:
     """Percent of damaged or missing images above which the run stops."""
     encode_batch_size: Count = 64
     """Images that go through the VAE, and prompts through the text encoders, at once."""
+    no_cache: bool = False
+    """Keep nothing that is encoded: it goes to a temporary folder, which is removed at the end."""
     prompt_cache: Literal["auto", "disk", "live"] = "auto"
     """Prompts' embeddings: on disk, or encoded live for each batch; auto is disk where a quarter of its free space holds them."""
     cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"

@@ -11,7 +11,8 @@ import json
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from drmcli.errors import RunError
-from drmcli.files import write_bytes
+from drmcli.errors import DrmError, InputError, RunError
+from drmcli.files import disk_is_full, write_bytes
 
 SHARD_BYTES = 256 * 2**20
 """Bytes of a shard, from which on it is written."""
@@ -123,7 +124,8 @@ class Store:
         )
         buffer = io.BytesIO()
         pq.write_table(table.replace_schema_metadata({"shards": json.dumps(self._shards)}), buffer)
-        write_bytes(self.folder / INDEX, buffer.getvalue())
+        with explained_folder(self.folder):
+            write_bytes(self.folder / INDEX, buffer.getvalue())
         self._indexed = len(self._shards)
 
     def sorted_keys(self) -> np.ndarray:
@@ -153,15 +155,14 @@ class Store:
         return self.locate(keys)[0] < 0
 
     def add(self, keys: np.ndarray, rows: Sequence[dict[str, Tensor]], flags: Sequence[int] | None = None) -> None:
-        """Write rows, each name -> [...], as one shard."""
+        """Write rows, each name -> [...], as one shard. The rows are emptied, to save memory."""
         name = f"{uuid.uuid4().hex}.safetensors"
         flags = [0] * len(rows) if flags is None else list(flags)
         tensors, shapes = packed(rows)
         metadata = {"keys": keys.tobytes().hex(), "flags": json.dumps(flags), "shapes": json.dumps(shapes)}
-        data = save(tensors, metadata=metadata)
-        del tensors
-        write_bytes(self.folder / name, data)
-        self._take_in(name, len(data), np.array(keys, KEY), np.array(flags, np.int8))
+        write_shard(self.folder / name, tensors, metadata)
+        size = (self.folder / name).stat().st_size
+        self._take_in(name, size, np.array(keys, KEY), np.array(flags, np.int8))
 
     def read(self, shard: np.ndarray, row: np.ndarray) -> list[dict[str, Tensor]]:
         """Rows at these places (see `locate`), each name -> [...]. Raises RunError when a shard is gone."""
@@ -183,6 +184,22 @@ class Store:
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1][0].__exit__(None, None, None)
         return self._open[number]
+
+
+@contextmanager
+def explained_folder(folder: Path) -> Iterator[None]:
+    """Turn what writing into the cache can raise into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError, DrmError) as error:
+        fact = getattr(error, "strerror", None) or " ".join(str(getattr(error, "message", error)).split())
+        full = disk_is_full(error) or disk_is_full(error.__cause__)
+        hint = "make room, or name" if full else "name"
+        kind = RunError if full else InputError
+        raise kind(
+            f"cache {folder}: cannot be written: {fact}",
+            hint=f"{hint} a folder that you may write to with --cache-dir, or do without by --no-cache",
+        ) from error
 
 
 class Writer:
@@ -213,6 +230,20 @@ class Writer:
         return True
 
 
+def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A whole file or nothing, without a second copy of it in memory."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with explained_folder(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, part, metadata=metadata)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def packed(rows: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, list[list[int]] | None]]:
     """Rows as the tensors of a shard, and the shapes of those that are not all alike.
 
@@ -221,21 +252,23 @@ def packed(rows: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[s
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[list[int]] | None] = {}
-    for name in rows[0]:
-        parts = [row[name] for row in rows]
-        widths = [used(part) for part in parts] if parts[0].ndim == 2 and parts[0].is_floating_point() else None
-        alike = all(part.shape == parts[0].shape for part in parts)
-        if alike and (widths is None or all(bool((w == p.shape[1]).all()) for w, p in zip(widths, parts))):
+    for name in list(rows[0]):
+        parts = [row.pop(name) for row in rows]
+        shape = [list(part.shape) for part in parts]
+        lines = parts[0].ndim == 2 and parts[0].is_floating_point()
+        widths = [used(part) if lines else full_width(part) for part in parts]
+        if all(s == shape[0] for s in shape) and (not lines or all(bool((w == shape[0][1]).all()) for w in widths)):
             tensors[name], shapes[name] = torch.stack(parts), None
             continue
-        if widths is None:
-            widths = [torch.full((part.numel() // max(1, part.shape[-1]),), part.shape[-1]) for part in parts]
-        kept = [_kept(part, width) for part, width in zip(parts, widths)]
+        kept = []
+        for i, width in enumerate(widths):
+            kept.append(_kept(parts[i], width))
+            parts[i] = parts[i].new_empty(0)
+        ends = torch.tensor([[len(values), len(width)] for values, width in zip(kept, widths)]).cumsum(0)
         tensors[f"{name}/values"] = torch.cat(kept)
         tensors[f"{name}/widths"] = torch.cat(widths).to(torch.int32)
-        ends = torch.tensor([[len(values), len(width)] for values, width in zip(kept, widths)]).cumsum(0)
         tensors[f"{name}/ends"] = ends
-        shapes[name] = [list(part.shape) for part in parts]
+        shapes[name] = shape
     return tensors, shapes
 
 
@@ -243,6 +276,11 @@ def used(lines: Tensor) -> Tensor:
     """Entries [L] of each line of [L, D] up to its last one that is not 0."""
     last = (lines != 0).to(torch.uint8).flip(1).argmax(1)  # zeros at the end, 0 also for a line of zeros
     return torch.where((lines != 0).any(1), lines.shape[1] - last, torch.zeros_like(last))
+
+
+def full_width(part: Tensor) -> Tensor:
+    """The same for a tensor of which nothing is left out."""
+    return torch.full((part.numel() // max(1, part.shape[-1]),), part.shape[-1])
 
 
 def _kept(part: Tensor, widths: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -155,7 +159,7 @@ def load_preferences(
             generated=config.shapes_generated,
             seed=config.seed if split == "train" else 0,
             load_generator=generator.full,
-            root=cache.cache_root(config.cache_dir),
+            root=cache_folder(config),
             reporter=reporter,
         )
     path = package_path(name)
@@ -170,6 +174,18 @@ def load_preferences(
     if found.bad_rows:
         reporter.warn(f"{found.name}: left out {len(found.bad_rows)} bad rows, the first: {found.bad_rows[0]}")
     return found
+
+
+def cache_folder(config: Any) -> Path:
+    """Where what is encoded is kept; with --no-cache a folder that is gone when the process ends."""
+    return _for_now() if config.no_cache else cache.cache_root(config.cache_dir)
+
+
+@lru_cache(1)
+def _for_now() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="drmcli-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def strict(data: Preferences) -> Preferences:
@@ -200,7 +216,7 @@ def encode_pairs(
     Returns the pairs that remain, the bad pictures as "key: reason", and warnings about prompts that were cut. Raises
     RunError when more than `max_bad` percent are bad, after writing the list to bad_images.txt.
     """
-    root = cache.cache_root(config.cache_dir)
+    root = cache_folder(config)
     shared: dict[str, Any] = {
         "root": root,
         "batch_size": config.encode_batch_size,

@@ -56,6 +56,10 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
             return folder.finished
         check_sizes(config, accelerator.num_processes)
         sharding.check(config.shard, accelerator)
+        if config.no_cache and accelerator.num_processes > 1:
+            raise InputError(
+                "--no-cache: several processes share what they encode", hint="name a folder with --cache-dir"
+            )
         model = make_model(config)  # first: encoding takes long, and a model that does not fit should be said before
         sets, ratios, held_out = encoded_data(config, accelerator, folder)
         use_attention(model.transformer, config.attention)

@@ -41,16 +41,8 @@ from drmcli.reward_config import RewardConfig, check_tensors, read_config
 from drmcli.run import seed_of
 
 
-class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
-    """A denoiser cut short and its head. `score` takes latents, `score_images` pictures.
-
-    Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, save with `save_pretrained`.
-    """
-
-    picture_sigma = 0.25
-    """Noise level at which finished pictures are judged where nobody says another."""
-    own_encoders = False
-    """Does it come with text encoders of its own, which no generator has?"""
+class CutDenoiser(nn.Module):
+    """A denoiser without its last blocks, which gives the image tokens of those that are tapped."""
 
     def __init__(self, config: RewardConfig, transformer: Any):
         super().__init__()
@@ -68,14 +60,6 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
         self.taps = taps
         self.transformer = transformer
         self.family.cut(transformer, max(taps) + 1)
-        self.head = Head(self.family.widths(transformer, taps), config.head_width, config.head_pool)
-        self._generator: Generator | None = None
-
-    @classmethod
-    def from_config(cls, config: RewardConfig) -> RewardModel:
-        """The model that a config describes, with weights drawn at random; under `torch.device("meta")` without any."""
-        kind: Any = family_named(config.family).denoiser_class
-        return cls(config, kind.from_config(config.transformer))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -98,6 +82,51 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that a guidance-distilled base is told."""
+        return self.family.default_guidance if self.config.guidance is None else self.config.guidance
+
+    def features(
+        self, latents: Tensor, sigma: Tensor, cond: Conditioning, *, states: list[Any] | None = None
+    ) -> list[Tensor]:
+        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B].
+
+        states: gets what the last kept block returned, which `Generator.velocity_from` goes on from.
+        """
+        config, family = self.config.transformer, self.family
+        inputs = family.inputs(self.transformer, latents, sigma, cond, self.guidance)
+        grid = family.grid(config, (latents.shape[2], latents.shape[3]))
+        last = len(self.blocks) - 1
+        with listening(self.blocks, [*self.taps, last]) as heard:
+            self.transformer(**inputs, return_dict=False)
+        if states is not None:
+            states.append(heard[last])
+        return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
+
+
+class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
+    """A denoiser cut short and its head. `score` takes latents, `score_images` pictures.
+
+    Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, save with `save_pretrained`.
+    """
+
+    picture_sigma = 0.25
+    """Noise level at which finished pictures are judged where nobody says another."""
+    own_encoders = False
+    """Does it come with text encoders of its own, which no generator has?"""
+
+    def __init__(self, config: RewardConfig, transformer: Any):
+        super().__init__(config, transformer)
+        self.head = Head(self.family.widths(transformer, self.taps), config.head_width, config.head_pool)
+        self._generator: Generator | None = None
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> RewardModel:
+        """The model that a config describes, with weights drawn at random; under `torch.device("meta")` without any."""
+        kind: Any = family_named(config.family).denoiser_class
+        return cls(config, kind.from_config(config.transformer))
 
     # --- making and loading -------------------------------------------------------------------------------------------
 
@@ -219,23 +248,6 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def features(
-        self, latents: Tensor, sigma: Tensor, cond: Conditioning, *, states: list[Any] | None = None
-    ) -> list[Tensor]:
-        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B].
-
-        states: gets what the last kept block returned, which `Generator.velocity_from` goes on from.
-        """
-        config, family = self.config.transformer, self.family
-        inputs = family.inputs(self.transformer, latents, sigma, cond, self.guidance)
-        grid = family.grid(config, (latents.shape[2], latents.shape[3]))
-        last = len(self.blocks) - 1
-        with listening(self.blocks, [*self.taps, last]) as heard:
-            self.transformer(**inputs, return_dict=False)
-        if states is not None:
-            states.append(heard[last])
-        return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
-
     def score(
         self, latents: Tensor, sigma: float | Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> Tensor:
@@ -270,11 +282,6 @@ class RewardModel(nn.Module, ModelHubMixin, library_name="drmcli", tags=["reward
                 f"{where}: made for {mine[0]} latents of {mine[1]} channels, not {theirs[0]} latents of {theirs[1]} channels",
                 hint="use a reward model whose base is the generator's",
             )
-
-    @property
-    def guidance(self) -> float:
-        """The guidance scale that a guidance-distilled base is told."""
-        return self.family.default_guidance if self.config.guidance is None else self.config.guidance
 
     def share_blocks(self, generator: Generator) -> None:
         """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""

@@ -154,33 +154,13 @@ def roll_out(
                 f"rollout step {step}: latents are not finite", hint="use --dtype fp32 or bf16, or a lower --lr"
             )
         empty = torch.zeros(0, device=device)
-        visit = Visit(
-            step,
-            sigma,
-            sigma_next,
-            x,
-            owner,
-            actions,
-            law.mean,
-            float(law.std.flatten()[0]),
-            empty,
-            empty,
-            empty,
-            empty,
-        )
+        std = float(law.std.flatten()[0])
+        visit = Visit(step, sigma, sigma_next, x, owner, actions, law.mean, std, empty, empty, empty, empty)
         visits.append(visit)
         if grouped:
             x = actions[:, 0]
             continue
-        flat, who = actions.flatten(0, 1), owner.repeat_interleave(k)
-        if plan.algorithm == "tempflow":
-            ends, level = finish(count, flat, who, sigmas, step + 1), 0.0
-        else:
-            ends, level = flat, sigma_next
-        rewards = count.score(ends, level, who).reshape(p, k)
-        if plan.diversity_bonus:
-            clean = predict_x0(ends, count.velocity(ends, level, who), level) if level else ends
-            rewards = rewards + plan.diversity_bonus * distance_to_others(clean, k)
+        rewards = _rewards_of_candidates(count, actions.flatten(0, 1), owner.repeat_interleave(k), sigmas, step, plan)
         _teach(visit, rewards, plan, share)
         choice = _choose(plan, rewards, rngs)
         visit.kept = torch.zeros_like(rewards, dtype=torch.bool).scatter_(1, choice[:, None], plan.follow != "mean")
@@ -196,6 +176,19 @@ def roll_out(
     return Rollouts(
         visits, visits[-1].rewards if visits else torch.zeros(p, k), count.generator_calls, count.reward_calls
     )
+
+
+def _rewards_of_candidates(count: Counter, flat: Tensor, who: Tensor, sigmas: Tensor, step: int, plan: Plan) -> Tensor:
+    """Rewards [P, k] of candidates [P k, C, H, W] of the next state: where they are, or at their ends by the ODE (TempFlow)."""
+    if plan.algorithm == "tempflow":
+        ends, level = finish(count, flat, who, sigmas, step + 1), 0.0
+    else:
+        ends, level = flat, float(sigmas[step + 1])
+    rewards = count.score(ends, level, who).reshape(-1, plan.group_size)
+    if plan.diversity_bonus:
+        clean = predict_x0(ends, count.velocity(ends, level, who), level) if level else ends
+        rewards = rewards + plan.diversity_bonus * distance_to_others(clean, plan.group_size)
+    return rewards
 
 
 def trained(plan: Plan, sigmas: Tensor, step: int) -> bool:

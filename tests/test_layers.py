@@ -175,3 +175,21 @@ def test_text_is_utf8_whatever_the_locale() -> None:
             texts = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
             binary = any(isinstance(t, str) and "b" in t and len(t) <= 3 for t in texts)
             assert binary or any(k.arg == "encoding" for k in node.keywords), f"{name}: {ast.unparse(node)}"
+
+
+def test_the_embedded_world_is_an_ordinary_user() -> None:
+    """Names of datasets, prompt sets, detectors and scorers are looked up in tables: outside of tiny/ none is compared with "shapes"."""
+    for name, tree in modules().items():
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and "'shapes'" in ast.unparse(n)]
+        assert not found or name.startswith("tiny"), (name, [ast.unparse(n) for n in found])
+
+
+def test_files_classes_and_functions_fit_a_reader() -> None:
+    """No file above 450 lines, no class above 250, no function above 80."""
+    for name, tree in modules().items():
+        lines = max((n.end_lineno or 0) for n in ast.walk(tree) if hasattr(n, "end_lineno")) if tree.body else 0
+        assert lines <= 450, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                assert size <= (250 if isinstance(node, ast.ClassDef) else 80), (name, node.name, size)

@@ -66,9 +66,9 @@ def _train(config: Any) -> None:
 
 
 def _grpo(config: Any) -> None:
-    from drmcli.data.prompts import read_prompts
+    from drmcli.data.prompts import PROMPT_SETS, read_prompts
 
-    if config.prompts != "shapes":
+    if config.prompts not in PROMPT_SETS:
         read_prompts(package_path(config.prompts))
 
 

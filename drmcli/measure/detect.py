@@ -10,7 +10,7 @@ Dimension letters: B pictures, Q queries, K classes, H and W pixels.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,11 +57,11 @@ class Detector(Protocol):
 
 
 def load_detector(ref: str, color_model: str, *, device: torch.device) -> Detector:
-    """`shapes`, or a Mask2Former by folder or hub id with a CLIP for the colours.
+    """A name of `DETECTORS`, or a Mask2Former by folder or hub id with a CLIP for the colours.
 
     Raises MissingError where the models are not there, InputError for others.
     """
-    return ShapesDetector() if ref == "shapes" else Mask2Former(ref, color_model, device=device)
+    return DETECTORS[ref]() if ref in DETECTORS else Mask2Former(ref, color_model, device=device)
 
 
 def check_labels(detector: Detector, wanted: Sequence[str]) -> None:
@@ -203,3 +203,7 @@ class ShapesDetector:
 
     def colors(self, image: Image.Image, objects: list[Detection], label: str) -> list[str]:
         return [o.color or "" for o in objects]
+
+
+DETECTORS: dict[str, Callable[[], Detector]] = {"shapes": ShapesDetector}
+"""Detectors that have names."""

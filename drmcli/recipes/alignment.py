@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drmcli.algorithms import Algorithm, Direct, Groups, Nft, Prompts, StateReward
 from drmcli.config import Grpo, package_path
+from drmcli.data.prompts import PROMPT_SETS
 from drmcli.data.prompts import read_prompts as read_prompt_file
 from drmcli.embeddings import Embeddings
 from drmcli.errors import InputError
@@ -26,7 +27,6 @@ from drmcli.results import Parts
 from drmcli.rollout import Plan, Share
 from drmcli.run import Run, seed_of
 from drmcli.scorers.combine import Rewards, parse_term
-from drmcli.tiny import world
 
 PRECISION = {"no": torch.float32, "bf16": torch.bfloat16}
 
@@ -274,8 +274,8 @@ def rollout_plan(config: Grpo) -> Plan:
 
 def read_prompts(config: Grpo) -> dict[str, list[str]]:
     """Prompts of train, val and test, disjoint by text."""
-    if config.prompts == "shapes":
-        return {split: list(world.captions(split)) for split in world.SPLITS}
+    if config.prompts in PROMPT_SETS:
+        return PROMPT_SETS[config.prompts]()
     lines = read_prompt_file(package_path(config.prompts))
     texts = sorted(set(lines), key=lambda t: hashlib.sha256(t.encode()).digest())
     if len(texts) < 10:

@@ -23,7 +23,7 @@ from drmcli.data.datasets import PREFERENCES
 from drmcli.data.images import FileImage, load_image
 from drmcli.data.labels import Labelled, combined, pairs
 from drmcli.data.preferences import text_id
-from drmcli.data.prompts import read_prompts
+from drmcli.data.prompts import PROMPT_SETS, read_prompts
 from drmcli.errors import InputError
 from drmcli.files import guarded
 from drmcli.generator import DTYPES, pick_device, pick_dtype
@@ -32,7 +32,6 @@ from drmcli.recipes.generated import Part, lora_folder
 from drmcli.run import Interruptions, Reporter, Run, open_run, seed_of
 from drmcli.scorers import Scorer, load_scorer
 from drmcli.scorers.combine import parse_term
-from drmcli.tiny import world
 
 SHAPES = 200
 """Captions of the embedded world that are drawn where no number is given."""
@@ -82,8 +81,8 @@ def run(config: DataMake, reporter: Reporter) -> dict[str, Any]:
 
 def prompts_of(config: DataMake) -> list[str]:
     """The prompts to draw, each once."""
-    if config.prompts == "shapes":
-        return list(world.captions("train"))[: config.limit or SHAPES]
+    if config.prompts in PROMPT_SETS:
+        return PROMPT_SETS[config.prompts]()["train"][: config.limit or SHAPES]
     found = list(dict.fromkeys(read_prompts(package_path(config.prompts), flag="PROMPTS")))
     return found[: config.limit]
 

@@ -210,14 +210,7 @@ def write_report(
     page.picture(
         folder.folder / "grpo" / "before_after.png", "The same captions and seeds before (above) and after (below)."
     )
-    page.heading("Pictures, best score first")
-    page.text(
-        "One clean and three flawed pictures a caption. The score is the reward model's, the judge's is from 0 to 1.",
-        soft=True,
-    )
-    for example in examples:
-        page.text(example.caption)
-        page.row(example.pictures, [f"{s:+.2f} · judge {j:.2f}" for s, j in zip(example.scores, example.judged)])
+    show_examples(page, examples)
     page.heading("What was run")
     page.text(
         f"Seed {config.seed}. Each part is a run folder with its config, metrics and tables in {folder.folder}.",
@@ -226,3 +219,15 @@ def write_report(
     path = folder.folder / "report.html"
     write_text(path, page.render())
     return path
+
+
+def show_examples(page: Report, examples: list[Example]) -> None:
+    """Captions with their pictures, each with the reward model's score and the judge's."""
+    page.heading("Pictures, best score first")
+    page.text(
+        "One clean and three flawed pictures a caption. The score is the reward model's, the judge's is from 0 to 1.",
+        soft=True,
+    )
+    for example in examples:
+        page.text(example.caption)
+        page.row(example.pictures, [f"{s:+.2f} · judge {j:.2f}" for s, j in zip(example.scores, example.judged)])

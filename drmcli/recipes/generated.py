@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from drmcli.scorers import load_scorer
 from drmcli.tiny import tasks, world
 
 METADATA = "evaluation_metadata.jsonl"
+TASK_SETS: dict[str, Callable[[], list[Item]]] = {"shapes": tasks.items}
+"""Prompts with what must be seen in each that are made, by the detector that sees it."""
 SHAPES_PROMPTS = 96
 """Held-out captions of shapes-prompts."""
 TILE = 128
@@ -329,8 +331,8 @@ def _row(parts: results.Parts, s: Shown, correct: bool | None, reason: str) -> N
 
 def items_of(config: Bench) -> list[Item]:
     """The prompts to draw. Raises MissingError where GenEval's metadata is not there."""
-    if config.data_dir is None and config.detector == "shapes":
-        return tasks.items()[: config.prompts]
+    if config.data_dir is None and config.detector in TASK_SETS:
+        return TASK_SETS[config.detector]()[: config.prompts]
     where = Path(config.data_dir) if config.data_dir else None
     if where is None or not where.exists():
         raise MissingError(

@@ -33,6 +33,9 @@ from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes
 
+MADE: dict[str, Callable[..., Preferences]] = {"shapes": load_shapes}
+"""Sets of preferences that are drawn, not read; each has splits train and test."""
+
 
 class LazyGenerator:
     """A pipeline that is loaded when first asked for: its VAE and text encoders, or all of it."""
@@ -151,9 +154,9 @@ def load_preferences(
     flag: str,
     prompts: int | None = None,
 ) -> Preferences:
-    """A dataset by name, or a file by path. `prompts` is how many captions of `shapes` to draw."""
-    if name == "shapes":
-        return load_shapes(
+    """A dataset by name, or a file by path. `prompts` is how many captions of a set that is made to draw."""
+    if name in MADE:
+        return MADE[name](
             split,
             prompts=prompts or config.shapes_prompts,
             generated=config.shapes_generated,

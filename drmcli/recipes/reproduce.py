@@ -163,7 +163,7 @@ def measure_rewards(stage: Stage, rewards: dict[str, str]) -> None:
                 "the paper does not say how it counts ties",
             )  # fmt: skip
             for row in summary["by_sigma"] if len(sigmas) > 1 else []:
-                published = paper.BY_SIGMA.get(row["sigma"]) if dataset in ("hpdv3", "shapes") else None
+                published = paper.BY_SIGMA.get(row["sigma"]) if dataset == "hpdv3" or stage.miniature else None
                 stage.cell(
                     "accuracy by sigma", dataset, f"{row['sigma']:g}", published, row["accuracy"], row["ci95"], count,
                     "each picture has noise of its own; the paper does not say",

@@ -10,7 +10,7 @@ from drmcli.data.batches import micro_batches
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_training
 from drmcli.recipes.initial import learns
-from drmcli.recipes.pairs import parse_ratio
+from drmcli.recipes.pairs import MADE, parse_ratio
 from drmcli.recipes.plan import describe_generator
 from drmcli.reward_config import RewardConfig
 from drmcli.tiny.shapes import GROUP
@@ -18,7 +18,7 @@ from drmcli.tiny.shapes import GROUP
 
 def pictures_in(config: TrainReward, pairs: int) -> int:
     """Pictures in a micro-batch of so many pairs: two a pair, but rankings share theirs, as those of `shapes` surely do."""
-    if all(parse_ratio(item)[0] == "shapes" for item in config.data):
+    if all(parse_ratio(item)[0] in MADE for item in config.data):
         return math.ceil(pairs * GROUP / math.comb(GROUP, 2))
     return 2 * pairs
 

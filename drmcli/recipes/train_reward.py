@@ -30,6 +30,7 @@ from drmcli.recipes.initial import make_model
 from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.pairs import (
+    MADE,
     LazyGenerator,
     PairScorer,
     encode_pairs,
@@ -295,9 +296,9 @@ def load_data(
             load_preferences(name, "test", config, generator, reporter, flag="--eval-data") for name in config.eval_data
         ]
         return sets, ratios, held[0] if len(held) == 1 else combine(held)
-    if any(name == "shapes" for name, _ in named):
+    if made := [name for name, _ in named if name in MADE]:
         prompts = -(-config.eval_pairs // 5)
-        held_out = load_preferences("shapes", "test", config, generator, reporter, flag="--eval-data", prompts=prompts)
+        held_out = load_preferences(made[0], "test", config, generator, reporter, flag="--eval-data", prompts=prompts)
         return sets, ratios, first_pairs(strict(held_out), config.eval_pairs)
     parts = []
     for i, data in enumerate(sets):

@@ -142,34 +142,28 @@ class Limited:
 
 
 def make_app(config: Serve, served: list[Served]) -> FastAPI:
-    """The application. Its worker lives as long as it does."""
-    by_name = {s.name: s for s in served}
-    metrics = Metrics()
-    batcher: Batcher  # made when the loop runs
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        nonlocal batcher
-        batcher = Batcher(
-            lambda key, payloads: score_batch(by_name, key, payloads), max_batch=config.max_batch,
-            max_wait=config.max_wait_ms / 1000, max_queue=config.max_queue,
-            observe=lambda key, size, seconds: metrics.batch(key[1], size, seconds),
-        )  # fmt: skip
-        app.state.worker = asyncio.create_task(batcher.run())
-        try:
-            yield
-        finally:
-            batcher.close()
-            await asyncio.wait([app.state.worker], timeout=5)
-
+    """The application."""
+    service = Service(config, served)
     app = FastAPI(
-        title="drm serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="drm serve", version=__version__, lifespan=service.lifespan, docs_url=None, redoc_url=None,
         description="Scores of pictures and of noisy latents. The interface is /openapi.json.",
     )  # fmt: skip
-    app.state.metrics = metrics
+    app.state.metrics = service.metrics
+    requests = service.metrics.requests
     app.add_middleware(
-        Limited, limit=config.max_body_mib * 2**20, count=lambda path, code: metrics.requests.update([(path, code)])
+        Limited, limit=config.max_body_mib * 2**20, count=lambda path, code: requests.update([(path, code)])
     )
+    explain_errors(app)
+    app.get("/health")(service.health)
+    app.get("/metrics", response_class=PlainTextResponse)(service.metrics_page)
+    pictures, latents = body_schema(PictureRequest, "images"), body_schema(LatentRequest, "latents")
+    app.post("/score", response_model=ScoreAnswer, openapi_extra=pictures)(service.score)
+    app.post("/score/latents", response_model=ScoreAnswer, openapi_extra=latents)(service.score_latents)
+    return app
+
+
+def explain_errors(app: FastAPI) -> None:
+    """Every error is a JSON object with `error` and `hint`."""
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:
@@ -186,32 +180,58 @@ def make_app(config: Serve, served: list[Served]) -> FastAPI:
         said = f"internal: {type(error).__name__}: {error}"
         return JSONResponse({"error": said, "hint": "the server's log has the traceback"}, 500)
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
+
+class Service:
+    """What is served, and how requests are answered."""
+
+    batcher: Batcher
+    worker: asyncio.Task[None]
+    """Both are made when the loop runs."""
+
+    def __init__(self, config: Serve, served: list[Served]):
+        self.config, self.served = config, served
+        self.by_name = {s.name: s for s in served}
+        self.metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """The worker lives as long as the application does."""
+        self.batcher = Batcher(
+            lambda key, payloads: score_batch(self.by_name, key, payloads), max_batch=self.config.max_batch,
+            max_wait=self.config.max_wait_ms / 1000, max_queue=self.config.max_queue,
+            observe=lambda key, size, seconds: self.metrics.batch(key[1], size, seconds),
+        )  # fmt: skip
+        self.worker = app.state.worker = asyncio.create_task(self.batcher.run())
+        try:
+            yield
+        finally:
+            self.batcher.close()
+            await asyncio.wait([self.worker], timeout=5)
+
+    async def health(self) -> JSONResponse:
         """What is served, and whether the worker is alive (else 503)."""
-        alive = not app.state.worker.done()
+        alive = not self.worker.done()
         said = {
-            "status": "ok" if alive else "the worker has ended", "version": __version__, "max_items": config.max_items,
-            "scorers": [{"name": s.name, "noise": s.takes_noise, "latent_channels": s.channels} for s in served],
+            "status": "ok" if alive else "the worker has ended", "version": __version__, "max_items": self.config.max_items,
+            "scorers": [{"name": s.name, "noise": s.takes_noise, "latent_channels": s.channels} for s in self.served],
         }  # fmt: skip
         return JSONResponse(said, 200 if alive else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics_page() -> PlainTextResponse:
+    async def metrics_page(self) -> PlainTextResponse:
         """Prometheus' text format."""
-        return PlainTextResponse(metrics.text(waiting=batcher.count), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(self.metrics.text(waiting=self.batcher.count), media_type="text/plain; version=0.0.4")
 
     async def answer(
-        work: Sequence[tuple[str, int, Hashable, Any]], names: list[str], n: int, failed: list[Failure]
+        self, work: Sequence[tuple[str, int, Hashable, Any]], names: list[str], n: int, failed: list[Failure]
     ) -> JSONResponse:
         """Queue what can be scored (scorer, position, key, payload) and put the answers in order."""
-        if app.state.worker.done():
+        if self.worker.done():
             raise Refusal(503, "the worker has ended", "start the server again")
         try:
-            results = await batcher.submit([(key, payload) for _, _, key, payload in work])
+            results = await self.batcher.submit([(key, payload) for _, _, key, payload in work])
         except Full as full:
             raise Refusal(
-                503, f"the queue is full: {batcher.count} of {config.max_queue} scores wait", "send it again later",
+                503, f"the queue is full: {self.batcher.count} of {self.config.max_queue} scores wait", "send it again later",
                 {"Retry-After": str(math.ceil(full.retry_after))},
             ) from None  # fmt: skip
         except Closed:
@@ -223,7 +243,7 @@ def make_app(config: Serve, served: list[Served]) -> FastAPI:
             else:
                 scores[name][index] = value
         for failure in failed:
-            metrics.failed[failure.scorer] += 1
+            self.metrics.failed[failure.scorer] += 1
         if len(failed) == n * len(names):
             if any(isinstance(value, Closed) for value in results):
                 raise ending()
@@ -232,30 +252,28 @@ def make_app(config: Serve, served: list[Served]) -> FastAPI:
         failed.sort(key=lambda f: (f.index, f.scorer))
         return JSONResponse({"scores": scores, "errors": [f.model_dump() for f in failed]})
 
-    @app.post("/score", response_model=ScoreAnswer, openapi_extra=body_schema(PictureRequest, "images"))
-    async def score(request: Request) -> JSONResponse:
+    async def score(self, request: Request) -> JSONResponse:
         """Score pictures for prompts: JSON, or multipart with files `images` and fields `prompts`, ..."""
         fields, files = await read_fields(request, "images")
         files = fields.pop("images", None) if files is None else files
         asked = validated(PictureRequest, fields | {"images": [""] * len(files) if isinstance(files, list) else files})
         assert isinstance(files, list)
-        count(len(files), config.max_items, "images")
+        count(len(files), self.config.max_items, "images")
         prompts = one_each(asked.prompts, len(files))
-        names = chosen(asked.scorers, [s.name for s in served if s.pictures])
-        opened, failed = await run_in_threadpool(open_pictures, files, config.max_pixels, names)
+        names = chosen(asked.scorers, [s.name for s in self.served if s.pictures])
+        opened, failed = await run_in_threadpool(open_pictures, files, self.config.max_pixels, names)
         settings = (
-            ("sigma", config.sigma if asked.sigma is None else asked.sigma),
-            ("noise_samples", asked.noise_samples or config.noise_samples),
-            ("seed", config.seed if asked.seed is None else asked.seed),
+            ("sigma", self.config.sigma if asked.sigma is None else asked.sigma),
+            ("noise_samples", asked.noise_samples or self.config.noise_samples),
+            ("seed", self.config.seed if asked.seed is None else asked.seed),
         )
-        keys = {name: ("pictures", name, settings if by_name[name].takes_noise else ()) for name in names}
+        keys = {name: ("pictures", name, settings if self.by_name[name].takes_noise else ()) for name in names}
         work = [(name, i, keys[name], (image, prompts[i])) for name in names for i, image in opened.items()]
-        return await answer(work, names, len(files), failed)
+        return await self.answer(work, names, len(files), failed)
 
-    @app.post("/score/latents", response_model=ScoreAnswer, openapi_extra=body_schema(LatentRequest, "latents"))
-    async def score_latents(request: Request) -> JSONResponse:
+    async def score_latents(self, request: Request) -> JSONResponse:
         """Score noisy latents where they are: JSON, or multipart with a file `latents` and fields `sigma`, `prompts`."""
-        able = [s for s in served if s.latents]
+        able = [s for s in self.served if s.latents]
         if not able:
             raise Refusal(422, "no reward model is served", "start it with `drm serve --reward REF`")
         fields, files = await read_fields(request, "latents")
@@ -264,7 +282,7 @@ def make_app(config: Serve, served: list[Served]) -> FastAPI:
         asked = validated(LatentRequest, fields)
         data = files[0] if files else unbase64(asked.latents, "latents")
         latents = await run_in_threadpool(read_latents, data, able[0].channels)
-        count(len(latents), config.max_items, "latents")
+        count(len(latents), self.config.max_items, "latents")
         prompts = one_each(asked.prompts, len(latents))
         sigma = asked.sigma if isinstance(asked.sigma, list) else [asked.sigma] * len(latents)
         if len(sigma) != len(latents):
@@ -272,9 +290,7 @@ def make_app(config: Serve, served: list[Served]) -> FastAPI:
         name = able[0].name
         key = ("latents", name, tuple(latents.shape[1:]))
         work = [(name, i, key, (x, sigma[i], prompts[i])) for i, x in enumerate(latents)]
-        return await answer(work, [name], len(latents), [])
-
-    return app
+        return await self.answer(work, [name], len(latents), [])
 
 
 # --- reading a request ----------------------------------------------------------------------------------------------------

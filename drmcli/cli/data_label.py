@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -41,8 +42,12 @@ def label(
 
     options = {"folder": folder, "port": port, "host": host, "active": active, "limit": limit, "seed": seed}
     resolved = configs.resolve("data-label", flags=options | {"device": device, "dtype": dtype})
+    result = sys.stdout  # while the screen is open, stdout is stderr
     with Screen(quiet=quiet or as_json) as screen:
-        said = lambda url: print(url if quiet or as_json else f"vote at {url}  (Ctrl-C ends it)", flush=True)  # noqa: E731
+
+        def said(url: str) -> None:
+            print(url if quiet or as_json else f"vote at {url}  (Ctrl-C ends it)", file=result, flush=True)
+
         summary = recipe.run(resolved, screen, said)
     if as_json:
         show_json(summary)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,8 +249,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
     with Screen(quiet=options["quiet"] or options["as_json"]) as screen:
         screen.note(what_happens(command, config))
         screen.busy("load")
-        with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result: whatever a library prints is none
-            summary = import_module(module).run(config, screen)
+        summary = import_module(module).run(config, screen)
     if not _is_main():
         return
     if options["as_json"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from drmcli.cli import options as o
@@ -36,15 +37,17 @@ def serve(**options: Any) -> None:
     )
     from drmcli.recipes import serve as recipe
 
+    result = sys.stdout  # while the screen is open, stdout is stderr
+
     def ready(said: dict) -> None:
         import json
 
         if options["as_json"]:
-            print(json.dumps(said), flush=True)
+            print(json.dumps(said), file=result, flush=True)
         elif options["quiet"]:
-            print(said["url"], flush=True)
+            print(said["url"], file=result, flush=True)
         else:
-            print(f"serving {', '.join(said['scorers'])} at {said['url']}  (Ctrl-C ends it)", flush=True)
+            print(f"serving {', '.join(said['scorers'])} at {said['url']}  (Ctrl-C ends it)", file=result, flush=True)
 
     with Screen(quiet=options["quiet"] or options["as_json"]) as screen:
         recipe.run(resolved, screen, ready)

@@ -193,9 +193,20 @@ def test_live_prompts_train_the_same_model(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_the_plan_counts_the_data(tmp_path: Path) -> None:
+    """Pairs, prompts, pictures, and what their cache takes; a batch that does not split is refused before anything is read."""
+    file = write_pairs(tmp_path / "a", 5)
+    plan = train_reward.plan(config(tmp_path / "run", data=["shapes=1", f"{file}=1"]))
+    assert (plan["pairs, at most"], plan["prompts"], plan["pictures"]) == (10 * 6 + 5, 15, 50)
+    assert plan["cache of pictures, GB"] == round(50 * 4 * 16 * 16 * 4 / 1e9, 3)
+    assert plan["prompts are"] == "disk"
+    with pytest.raises(InputError, match="micro-batches of 5"):
+        train_reward.plan(config(tmp_path / "run", micro_batch_size=5))
+
+
 def test_nothing_to_learn_from_is_said_with_the_reason(tmp_path: Path) -> None:
     ties = write_pairs(tmp_path / "a", 4, label=[0.5] * 4, weight=[0.0] * 4)
-    with pytest.raises(InputError, match="4 have the weight 0"):
+    with pytest.raises(InputError, match="have the weight 0"):
         train(tmp_path / "run", data=[str(ties)])
 
 

@@ -18,6 +18,7 @@ from drmcli.config import TrainReward
 from drmcli.data.cache import Pictures
 from drmcli.data.preferences import Preferences
 from drmcli.data.sources import PromptSource
+from drmcli.errors import InputError
 from drmcli.families.base import Conditioning
 from drmcli.run import seed_of
 
@@ -103,6 +104,18 @@ def micro_batches(config: TrainReward, processes: int) -> tuple[int, int]:
     share = config.batch_size // max(1, processes)
     size = min(config.micro_batch_size or share, max(1, share))
     return max(1, share // size), size
+
+
+def check_sizes(config: TrainReward, processes: int) -> None:
+    """Raises InputError for a batch that does not split evenly, and for noise levels from above to below."""
+    count, size = micro_batches(config, processes)
+    if count * size * processes != config.batch_size:
+        raise InputError(
+            f"--set batch_size: {config.batch_size} pairs do not split into {processes} processes of whole micro-batches of {size}",
+            hint="choose a batch_size that is a multiple of processes x micro_batch_size",
+        )
+    if config.sigma_min > config.sigma_max:
+        raise InputError(f"--set sigma_min: {config.sigma_min} is above sigma_max {config.sigma_max}", hint="swap them")
 
 
 @dataclass

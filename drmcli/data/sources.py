@@ -101,7 +101,7 @@ def open_prompts(
         size = _size(texts, missing, encoders, dtype) if workers.rank == 0 else 0
         free = shutil.disk_usage(_existing(root)).free if workers.rank == 0 else 0
         total = workers.gather([(size, free)])[0]
-        if total[0] > SHARE_OF_DISK * total[1]:
+        if where_prompts_go(*total) == "live":
             note(
                 f"{len(missing)} prompts would take {total[0] / 1e9:.1f} GB of {total[1] / 1e9:.1f} GB free in {root}: they are"
                 " encoded live; --set prompt_cache=disk keeps them all the same"
@@ -124,6 +124,11 @@ def open_prompts(
     if workers.rank == 0:
         store.save_index()
     return CachedPrompts(store, keys)
+
+
+def where_prompts_go(size: int, free: int) -> str:
+    """What `auto` means for prompts of so many bytes on a disk with so many free: disk or live."""
+    return "live" if size > SHARE_OF_DISK * free else "disk"
 
 
 def _encode(

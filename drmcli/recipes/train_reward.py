@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from drmcli.config import TrainReward
 from drmcli.data import cache
-from drmcli.data.batches import Batches, EncodedPairs, micro_batches
+from drmcli.data.batches import Batches, EncodedPairs, check_sizes, micro_batches
 from drmcli.data.preferences import Preferences
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError
@@ -250,18 +250,6 @@ def make_accelerator(config: TrainReward) -> Accelerator:
     accelerator = start_accelerator(config, rounds=micro_batches(config, 1)[0])
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
     return accelerator
-
-
-def check_sizes(config: TrainReward, processes: int) -> None:
-    """Raises InputError for a batch that does not split evenly, and for noise levels from above to below."""
-    count, size = micro_batches(config, processes)
-    if count * size * processes != config.batch_size:
-        raise InputError(
-            f"--set batch_size: {config.batch_size} pairs do not split into {processes} processes of whole micro-batches of {size}",
-            hint="choose a batch_size that is a multiple of processes x micro_batch_size",
-        )
-    if config.sigma_min > config.sigma_max:
-        raise InputError(f"--set sigma_min: {config.sigma_min} is above sigma_max {config.sigma_max}", hint="swap them")
 
 
 def encoded_data(

@@ -83,7 +83,7 @@ def data_facts(config: TrainReward, known: Known, side: int) -> dict[str, Any]:
     pairs = prompts = pictures = 0
     missing = []
     for name, _ in map(parse_ratio, config.data):
-        if name == "shapes":
+        if name in MADE:
             drawn = config.shapes_prompts
             pairs, prompts, pictures = pairs + drawn * math.comb(GROUP, 2), prompts + drawn, pictures + drawn * GROUP
             continue

@@ -51,7 +51,7 @@ FAULTS = [
     own("is interrupted", 130, "interrupted", "raise KeyboardInterrupt"),
     own("prints", 0, r'"score": 0.5', 'print("noise {"); return [0.5]'),
     own("prints on import", 0, r'"score": 0.5', "", whole='print("noise {")\ndef f(images, prompts):\n    return [0.5] * len(images)\n'),
-    fault("scorer weight nan", "grpo --add-reward shapes=nan --updates 1 --out r", 2, "--add-reward shapes=nan: the weight nan is not finite"),
+    fault("scorer weight nan", "grpo --add-reward shapes=nan --updates 1 --out r", 2, "--add-reward shapes=nan: the weight( nan)? is not finite"),
     fault("scorer is not there", ["score", "a.png", "--prompt", "x", "--reward", "nosuch:f"], 2, "there is no module nosuch", {"a.png": png()}),
     fault("scorer named as a file", ["score", "a.png", "--prompt", "x", "--reward", "nosuch.py:f"], 2, "there is no module", {"a.png": png()}),
 ]  # fmt: skip

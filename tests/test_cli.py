@@ -66,7 +66,7 @@ def test_readme_names_real_commands_and_options(drm) -> None:
     ]
     assert len(lines) >= 8
     for words in lines:
-        page = drm(words[1], "--help").out
+        page = drm(*words[1 : 3 if words[1] == "data" else 2], "--help-all" if words[1] != "data" else "--help").out
         assert all(word in page for word in words[2:] if word.startswith("--")), words
 
 

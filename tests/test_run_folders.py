@@ -246,11 +246,11 @@ def test_training_goes_on_from_an_older_checkpoint(tmp_path: Path, monkeypatch: 
         m.setattr(train_reward, "finish", lambda *_: (_ for _ in ()).throw(RunError("stopped", hint="")))
         assert drm(*flags, "--out", tmp_path / "o").code == 1
     newest = max((tmp_path / "o" / "checkpoints").glob("step-*"))
-    flip(newest / "trained.safetensors")
+    flip(newest / "state.safetensors")
     (tmp_path / "o" / "checkpoints" / "step-9x").mkdir()
     again = drm(*flags, "--out", tmp_path / "o")
     assert again.code == 0, again.err
-    assert "trained.safetensors has another checksum" in again.err
+    assert "state.safetensors has another checksum" in again.err
     weights = [(tmp_path / name / "reward" / "model.safetensors").read_bytes() for name in ("whole", "o")]
     assert weights[0] == weights[1]
 

@@ -351,7 +351,7 @@ def test_a_flag_that_cannot_be_served(drm) -> None:
         (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address"),
         (["--reward", "none"], "--reward none: nothing is left to serve"),
         (["--scorer", "shapes", "--scorer", "shapes", "--reward", "none"], "--scorer shapes: is named twice"),
-        (["--port", "70000"], "--port: port input should be less than"),
+        (["--port", "70000"], "--port: must be less than or equal to 65535, got 70000"),
     ):
         result = drm("serve", "--port", "0", *flags)
         assert result.code == 2, flags

@@ -120,6 +120,7 @@ def test_what_a_library_prints_is_not_the_result(monkeypatch: pytest.MonkeyPatch
         return {"command": "score"}
 
     monkeypatch.setattr(score, "run", run)
+    Path("a.png").touch()
     result = drm("score", "a.png", "--prompt", "x", "--json")
     assert result.json == {"command": "score"}
     assert "a library's print" in result.err

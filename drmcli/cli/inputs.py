@@ -99,7 +99,7 @@ def _weighed(item: str, flag: str) -> str:
     if value is None:
         return item
     if not math.isfinite(value):
-        raise InputError(f"{flag} {item}: the weight is not finite", hint=f"for example {flag} {ref}=0.5")
+        raise InputError(f"{flag} {item}: the weight {weight} is not finite", hint=f"for example {flag} {ref}=0.5")
     return ref
 
 

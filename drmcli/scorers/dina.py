@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,6 +43,11 @@ PICTURE_SIGMA = 0.1
 def is_published_layout(folder: str | Path) -> bool:
     """Does a folder hold DiNa-LRM's files?"""
     return (Path(folder) / HEAD).is_file() or (Path(folder) / LORA).is_dir()
+
+
+def files(source: Source) -> Path:
+    """The folder with its files. Raises MissingError."""
+    return source.whole(REPOSITORY, ["config.json", HEAD, f"{LORA}/*"], HEAD)
 
 
 class Adapter(nn.Module):
@@ -152,50 +156,8 @@ class DiNaLRM(RewardModel):
 
     forward = score
 
-    @classmethod
-    def load(
-        cls,
-        ref: str,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        attention: str = "sdpa",
-        flag: str = "--reward",
-    ) -> DiNaLRM:
-        """From a folder in the published layout or a hub id, frozen and ready to score.
-
-        Raises MissingError (absent, gated, offline) or InputError (damaged, another variant), each naming `flag`.
-        """
-        name = f"{flag} {ref}"
-        place = local_or_hub(ref, flag)
-        with explained(ref, flag), quiet_libraries():
-            files = ["config.json", HEAD, f"{LORA}/*"]
-            folder = Path(place if Path(place).is_dir() else snapshot_download(place, allow_patterns=files))
-            settings = read_settings(folder, name)
-            base = local_or_hub(settings["backbone_model_id"], f"{name}: backbone_model_id")
-            family = family_of(str(read_index(base, None).get("_class_name")), f"{name}: its base")
-            if family.name != "sd3":
-                raise InputError(
-                    f"{name}: on {family.name}, where its published form is on sd3", hint="use the SD3.5-Medium one"
-                )
-            full = {k: v for k, v in denoiser_config(family, base, None).items() if not k.startswith("_")}
-            config = RewardConfig(
-                base_model=settings["backbone_model_id"], transformer=full, family=family.name, max_sequence_length=TEXT_LENGTH,
-                drop_layers=int(full["num_layers"]) - int(settings["num_transformer_layers"]),
-                tap_layers=[int(i) - 1 for i in settings["visual_head_idx"]], backbone="frozen",
-            )  # fmt: skip
-            model = cls(
-                config, load_denoiser(family, base, revision=None, dtype=torch.float32), settings["reward_head"]
-            )
-            model._load_head(folder / HEAD, name)
-            if settings["use_lora"]:
-                model._load_lora(folder / LORA, name)
-        use_attention(model.transformer, attention)
-        if dtype != torch.float32:
-            model.transformer.to(dtype)
-        return model.eval().requires_grad_(False).to(device)
-
-    def _load_head(self, file: Path, name: str) -> None:
+    def load_head(self, file: Path, name: str) -> None:
+        """The query head. Raises InputError, beginning with `name`, for weights that are not this head's."""
         if not file.is_file():
             raise InputError(f"{name}: holds no {HEAD}", hint=f"get the files of https://huggingface.co/{REPOSITORY}")
         found, wanted = dict(read(file, Source(name, None, ""))), self.head.state_dict()
@@ -218,7 +180,7 @@ class DiNaLRM(RewardModel):
             raise InputError(f"{name}: {HEAD} {problem}", hint="its files do not belong together; get them again")
         self.head.load_state_dict({k: v.float() for k, v in found.items()})
 
-    def _load_lora(self, folder: Path, name: str) -> None:
+    def load_lora(self, folder: Path, name: str) -> None:
         """The peft adapter, by the full names of the modules that it has weights for, so that nothing else is matched."""
         hint = f"get the files of https://huggingface.co/{REPOSITORY}"
         weights = folder / "adapter_model.safetensors"
@@ -236,6 +198,45 @@ class DiNaLRM(RewardModel):
             raise InputError(f"{name}: the weights of {broken[0]} are not finite", hint=hint)
         facts = {"r": settings["r"], "lora_alpha": settings["lora_alpha"], "target_modules": modules}
         self.transformer.load_lora_adapter(state, prefix=None, metadata=facts)
+
+
+def load(
+    folder: Path,
+    ref: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    flag: str = "--reward",
+) -> DiNaLRM:
+    """From a folder in the published layout, frozen and ready to score; ref: as it was asked for.
+
+    Raises MissingError (its base is absent, gated, offline) or InputError (damaged, another variant), each naming `flag`.
+    """
+    name = f"{flag} {ref}"
+    with explained(ref, flag), quiet_libraries():
+        settings = read_settings(folder, name)
+        base = local_or_hub(settings["backbone_model_id"], f"{name}: backbone_model_id")
+        family = family_of(str(read_index(base, None).get("_class_name")), f"{name}: its base")
+        if family.name != "sd3":
+            raise InputError(
+                f"{name}: on {family.name}, where its published form is on sd3", hint="use the one on SD3.5-Medium"
+            )
+        full = {k: v for k, v in denoiser_config(family, base, None).items() if not k.startswith("_")}
+        config = RewardConfig(
+            base_model=settings["backbone_model_id"], transformer=full, family=family.name, max_sequence_length=TEXT_LENGTH,
+            drop_layers=int(full["num_layers"]) - int(settings["num_transformer_layers"]),
+            tap_layers=[int(i) - 1 for i in settings["visual_head_idx"]], backbone="frozen",
+        )  # fmt: skip
+        denoiser = load_denoiser(family, base, revision=None, dtype=torch.float32)
+        model = DiNaLRM(config, denoiser, settings["reward_head"])
+        model.load_head(folder / HEAD, name)
+        if settings["use_lora"]:
+            model.load_lora(folder / LORA, name)
+    use_attention(model.transformer, attention)
+    if dtype != torch.float32:
+        model.transformer.to(dtype)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Dimension letters: B pictures or latents, C, H, W latent channels, height, width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,27 @@ from drmcli.encoders import share
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
 from drmcli.scorers import dina, lrm
+from drmcli.scorers.weights import Source
+
+KINDS: dict[str, Any] = {"dina-lrm": dina, "lrm-sd15": lrm, "lrm-sdxl": lrm}
+"""The module that reads each public reward model."""
 
 
-def published(ref: str) -> tuple[Any, str]:
-    """The class that reads a public reward model and where it is: by name, NAME=FOLDER, hub id, or a folder in its layout.
+def published(ref: str, flag: str) -> tuple[Any, Path] | None:
+    """The module that reads a public reward model and the folder with its files; None for one in drm's own layout.
 
-    (None, ref) for a reward model in drm's own layout.
+    Named by a name of `KINDS` (then from the hub), NAME=FOLDER, the hub id, or a folder in its layout. Raises MissingError.
     """
+    place = Path(package_path(ref))
+    if place.is_dir():
+        return next(((kind, place) for kind in KINDS.values() if kind.is_published_layout(place)), None)
     name, _, folder = ref.partition("=")
-    place = package_path(ref)
-    known: tuple[tuple[Any, str, str, Callable[[str], bool]], ...] = (
-        (dina.DiNaLRM, "dina-lrm", dina.REPOSITORY, dina.is_published_layout),
-        (lrm.LRM, "lrm-sd15", "lrm-sd15", lrm.is_published_layout),
-        (lrm.LRM, "lrm-sdxl", "lrm-sdxl", lrm.is_published_layout),
-    )
-    for kind, called, repository, holds in known:
-        if Path(place).is_dir():
-            if holds(place):
-                return kind, place
-        elif name == called or ref == repository:
-            return kind, folder or repository
-    return None, ref
+    if ref == dina.REPOSITORY:
+        name = "dina-lrm"
+    if name not in KINDS:
+        return None
+    kind = KINDS[name]
+    return kind, kind.files(Source(name, folder or None, flag))
 
 
 @dataclass
@@ -73,11 +73,12 @@ class RewardScorer:
 
         Raises what `RewardModel.from_pretrained` does.
         """
-        kind, source = published(ref)
-        if kind is None:
-            model = RewardModel.from_pretrained(source, device=device, dtype=dtype, attention=attention, flag=flag)
+        found = published(ref, flag)
+        if found is None:
+            model = RewardModel.from_pretrained(ref, device=device, dtype=dtype, attention=attention, flag=flag)
         else:
-            model = kind.load(source, device=device, dtype=dtype, attention=attention, flag=flag)
+            kind, folder = found
+            model = kind.load(folder, ref, device=device, dtype=dtype, attention=attention, flag=flag)
         return cls(ref, model, model.picture_sigma if sigma is None else sigma, noise_samples, seed)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -33,6 +32,7 @@ from drmcli.fingerprints import of_folder
 from drmcli.generator import Generator, load_part, quiet_libraries, read_index, use_attention
 from drmcli.hub import explained
 from drmcli.reward import RewardConfig, RewardModel
+from drmcli.scorers.weights import Source
 
 REPOSITORY = "casiatao/LRM"
 FOLDERS = {"lrm-sd15": "lrm_sd15", "lrm-sdxl": "lrm_sdxl"}
@@ -49,6 +49,14 @@ PROJECTIONS = "state_dict.pt"
 def is_published_layout(folder: str | Path) -> bool:
     """Does a folder hold an LRM's files?"""
     return (Path(folder) / PROJECTIONS).is_file() and (Path(folder) / "unet").is_dir()
+
+
+def files(source: Source) -> Path:
+    """The folder with the files of `lrm-sd15` or `lrm-sdxl`. Raises MissingError."""
+    inner = FOLDERS[source.name]
+    parts = ("unet/*", "text_encoder/*", "text_encoder_2/*", PROJECTIONS)
+    folder = source.whole(REPOSITORY, [f"{inner}/{part}" for part in parts], PROJECTIONS)
+    return folder if source.folder else folder / inner
 
 
 class Texts(Generator):
@@ -192,48 +200,11 @@ class LRM(RewardModel):
             last.append(attentions[-1] if attentions else block.resnets[-1])
         return [*last, self.transformer.mid_block]
 
-    @classmethod
-    def load(
-        cls,
-        ref: str,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        attention: str = "sdpa",
-        flag: str = "--reward",
-    ) -> LRM:
-        """From a folder in the published layout, or `lrm-sd15`, `lrm-sdxl` from the hub; frozen and ready to score.
-
-        Raises MissingError (absent, gated, offline) or InputError (damaged), each naming `flag`.
-        """
-        where = f"{flag} {ref}"
-        with explained(ref, flag), quiet_libraries():
-            if ref in FOLDERS:
-                wanted = [
-                    f"{FOLDERS[ref]}/{part}" for part in ("unet/*", "text_encoder/*", "text_encoder_2/*", PROJECTIONS)
-                ]
-                folder = Path(snapshot_download(REPOSITORY, allow_patterns=wanted)) / FOLDERS[ref]
-            else:
-                folder = Path(local_or_hub(ref, flag))
-            unet = load_part(FAMILY.denoiser_class, str(folder), "unet", revision=None, dtype=torch.float32)
-            large = unet.config.get("addition_embed_type") == "text_time"
-            base, own_vae = BASES["lrm-sdxl" if large else "lrm-sd15"]
-            config = RewardConfig(
-                base_model=base, transformer={k: v for k, v in dict(unet.config).items() if not k.startswith("_")},
-                family=FAMILY.name, drop_layers=0, backbone="frozen",
-            )  # fmt: skip
-            projections = read_projections(folder / PROJECTIONS, where, 1280 if large else None)
-            model = cls(config, unet, projections)
-            model._load_texts(folder, base, own_vae, large, projections, where, dtype, device)
-        use_attention(model.transformer, attention)
-        if dtype != torch.float32:
-            model.transformer.to(dtype)
-        return model.eval().requires_grad_(False).to(device)
-
-    def _load_texts(
+    def load_texts(
         self, folder: Path, base: str, own_vae: str | None, large: bool, projections: dict[str, Tensor], where: str,
         dtype: torch.dtype, device: torch.device | str,
     ) -> None:  # fmt: skip
+        """Its own text encoders, beside the base's tokenizers and VAE."""
         from diffusers.image_processor import VaeImageProcessor
 
         place = local_or_hub(base, f"{where}: its base")
@@ -265,7 +236,38 @@ class LRM(RewardModel):
         self._generator = Texts(self.family, folder, vae, processor, tokenizers, encoders, project)
 
 
-def read_projections(file: Path, where: str, width: int | None) -> dict[str, Tensor]:
+def load(
+    folder: Path,
+    ref: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    flag: str = "--reward",
+) -> LRM:
+    """From a folder in the published layout, frozen and ready to score; ref: as it was asked for.
+
+    Raises MissingError (its base is absent, offline) or InputError (damaged), each naming `flag`.
+    """
+    where = f"{flag} {ref}"
+    with explained(ref, flag), quiet_libraries():
+        unet = load_part(FAMILY.denoiser_class, str(folder), "unet", revision=None, dtype=torch.float32)
+        large = unet.config.get("addition_embed_type") == "text_time"
+        base, own_vae = BASES["lrm-sdxl" if large else "lrm-sd15"]
+        config = RewardConfig(
+            base_model=base, transformer={k: v for k, v in dict(unet.config).items() if not k.startswith("_")},
+            family=FAMILY.name, drop_layers=0, backbone="frozen",
+        )  # fmt: skip
+        projections = read_projections(folder / PROJECTIONS, where)
+        model = LRM(config, unet, projections)
+        model.load_texts(folder, base, own_vae, large, projections, where, dtype, device)
+    use_attention(model.transformer, attention)
+    if dtype != torch.float32:
+        model.transformer.to(dtype)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read_projections(file: Path, where: str) -> dict[str, Tensor]:
     """`visual_projection.weight`, `logit_scale` and, of SD 1.5, `text_projection.weight`. Raises InputError for anything else."""
     if not file.is_file():
         raise InputError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -69,6 +69,16 @@ class Source:
                 raise MissingError(f"{self}: the folder holds no {marker}", hint=hint)
         self._fetched(repo, marker)  # says exactly what is wrong when it cannot be had
         return repo
+
+    def whole(self, repo: str, patterns: list[str], marker: str) -> Path:
+        """The folder with all of a model's files, from the hub where none is named. Raises MissingError without the file `marker`."""
+        if self.folder is None:
+            with self.explained(repo):
+                return Path(snapshot_download(repo, allow_patterns=patterns))
+        if not (self._folder() / marker).exists():
+            hint = f"get it from https://huggingface.co/{repo}, or give {self.flag} {self.name} to fetch it"
+            raise MissingError(f"{self}: the folder holds no {marker}", hint=hint)
+        return self._folder()
 
     def _fetched(self, repo: str, name: str) -> Path:
         with self.explained(repo):

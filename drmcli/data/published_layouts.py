@@ -207,6 +207,13 @@ DATASETS: dict[str, Published] = {
 }  # fmt: skip
 
 
+def _let_go(items: list[Any]) -> Iterator[Any]:
+    """The items of a list, which is emptied on the way."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
 class _Folder:
     """A published dataset's folder: finds its files and pictures, and says what is missing."""
 
@@ -250,15 +257,15 @@ class _Folder:
     def first(self, *names: str) -> Path | None:
         return next((path for name in names if (path := self.folder / name).is_file()), None)
 
-    def entries(self, *names: str) -> list[dict[str, Any]]:
-        """The objects of the first of these JSON files that is there."""
+    def entries(self, *names: str) -> Iterator[dict[str, Any]]:
+        """The objects of the first of these JSON files that is there. Each is let go when the next is asked for: HPDv3 has a million."""
         path = self.first(*names)
         if path is None:
             raise self.missing(names[0])
         content = self.json(path)
         if not content or not all(isinstance(entry, dict) for entry in content):
             raise self.broken(path.name, "not a list of objects" if content else "the list is empty")
-        return content
+        return _let_go(content)
 
     def json(self, path: Path) -> list[Any]:
         content = parse_json(read_text(path), f"{path}:", hint=self._hint())

@@ -34,6 +34,11 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.dropped: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
+
+    def _once(self, text: Any) -> Any:
+        """A text, the same object wherever it comes again: prompts and pictures are in many pairs."""
+        return self._texts.setdefault(text, text) if isinstance(text, str) else text
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -42,7 +47,7 @@ class Table:
         if not 0 <= row.label <= 1:
             raise ValueError(f"the label {short(row.label)} is not in [0, 1]")
         first, second = picture_names([row.first, row.second])
-        self.rows.append(row._replace(first=first, second=second))
+        self.rows.append(Row(*map(self._once, row._replace(first=first, second=second))))
 
     def ranking(
         self, prompt: str, prompt_id: str, names: Sequence[str], ranks: Sequence[float | None], *,

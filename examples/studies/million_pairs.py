@@ -3,7 +3,7 @@
     python examples/studies/million_pairs.py --folder /tmp/million
 
 An index in HPDv3's layout with stand-in pictures (hard links to a few small ones) and a stand-in encoder, so that what is measured is
-everything but the models. Each stage runs in a process of its own. `--pairs 2000 --prompts 500 --pictures 1500` makes it small.
+everything but the models. Each stage runs in a process of its own; memory is what it takes beyond the libraries. `--pairs 2000 --prompts 500 --pictures 1500` makes it small.
 """
 
 from __future__ import annotations
@@ -136,8 +136,7 @@ def stage_step(folder: Path) -> dict[str, Any]:
 
 
 def stage_shard(folder: Path) -> dict[str, Any]:
-    """Prompts of full size until a shard is written: memory beyond what the libraries take."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Prompts of full size until a shard is written."""
     writer, count = Writer(Store(folder / "shard")), 0
     row = torch.ones(PROMPT, dtype=torch.bfloat16)
     row[:77, PROMPT[1] // 2 :] = 0
@@ -145,7 +144,7 @@ def stage_shard(folder: Path) -> dict[str, Any]:
         batch = row.expand(8, *PROMPT).clone()
         writer.add([(count + i).to_bytes(32, "big") for i in range(8)], [{"prompt_embeds": one} for one in batch])
         count += 8
-    return {"prompts": count, "gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20}
+    return {"prompts": count}
 
 
 STAGES = {"read": stage_read, "start": stage_start, "restart": stage_restart, "step": stage_step, "shard": stage_shard}
@@ -163,11 +162,12 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
 
 def run_stage(stage: str, folder: Path) -> None:
     """Print a stage's figures as JSON."""
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
     found = STAGES[stage](folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    cpu = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": time.monotonic() - began, "cpu": cpu.ru_utime + cpu.ru_stime, "gib": peak} | found))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    gib = (after.ru_maxrss - before.ru_maxrss) / 2**20
+    print(json.dumps({"seconds": time.monotonic() - began, "cpu": cpu, "gib": gib} | found))
 
 
 def main() -> int:

@@ -3,7 +3,8 @@
     python examples/studies/million_pairs.py --folder /tmp/million
 
 An index in HPDv3's layout with stand-in pictures (hard links to a few small ones) and a stand-in encoder, so that what is measured is
-everything but the models. Each stage runs in a process of its own; memory is what it takes beyond the libraries. `--pairs 2000 --prompts 500 --pictures 1500` makes it small.
+everything but the models. Each stage runs in a process of its own; memory is what it takes beyond the libraries.
+`--pairs 2000 --prompts 500 --pictures 1500` makes it small.
 """
 
 from __future__ import annotations

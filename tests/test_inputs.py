@@ -34,8 +34,12 @@ MISSING: dict[str, tuple[list[str], int, str]] = {
     "prompts": (["grpo", "--prompts", "gone.txt"], 2, "--prompts gone.txt"),
     "judge": (["grpo", "--judge", "./gone"], 3, "--judge ./gone"),
     "added reward": (["grpo", "--add-reward", "./gone=0.5"], 3, "--add-reward ./gone"),
-    "weight nan": (["grpo", "--add-reward", "shapes=nan"], 2, "--add-reward shapes=nan: the weight is not finite"),
-    "weight inf": (["grpo", "--add-reward", "shapes=-inf"], 2, "--add-reward shapes=-inf: the weight is not finite"),
+    "weight nan": (["grpo", "--add-reward", "shapes=nan"], 2, "--add-reward shapes=nan: the weight nan is not finite"),
+    "weight inf": (
+        ["grpo", "--add-reward", "shapes=-inf"],
+        2,
+        "--add-reward shapes=-inf: the weight -inf is not finite",
+    ),
 }
 
 

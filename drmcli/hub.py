@@ -79,7 +79,13 @@ def quiet_hub():
     """Keep the notices of the hub's client out of the user's terminal: what matters of them is in the error."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.CRITICAL)
+    pools = logging.getLogger(
+        "concurrent.futures"
+    )  # where a download in a thread is stopped, it logs the whole traceback
+    level = pools.level
+    pools.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         hub_logging.set_verbosity(before)
+        pools.setLevel(level)

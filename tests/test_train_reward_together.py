@@ -159,26 +159,25 @@ def checkpoints_do_not_show_the_number_of_processes(together: Path) -> None:
 
 
 def test_two_machines(tmp_path: Path) -> None:
-    """Two launchers of one process each, as on two machines with a shared file system."""
-    port = str(free_port())
-    runs = [SMALL | {"out": str(tmp_path / "two"), "steps": 2}]
+    """One process on each of two machines with a shared file system, told of each other as every launcher tells them."""
+    script = tmp_path / "together.py"
+    script.write_text(SCRIPT)
+    runs = json.dumps([SMALL | {"out": str(tmp_path / "two"), "steps": 2}])
+    place = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(drmcli.__file__).parents[1])}
     processes = [
-        start(
-            tmp_path,
-            runs,
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(rank),
-            "--nproc_per_node",
-            "1",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            port,
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), runs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | place | {"RANK": str(rank), "GROUP_RANK": str(rank)},
         )
         for rank in (0, 1)
-    ]
+    ]  # fmt: skip
     outputs = [process.communicate(timeout=280)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = summaries(tmp_path, "two")

@@ -335,8 +335,11 @@ def test_prompts_that_would_fill_the_disk_are_encoded_live(
     )
 
 
-def test_shards_are_cut_by_bytes(generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", 10 * 4 * 16 * 16 * 4)
+@pytest.mark.parametrize(("limit", "value"), [("SHARD_BYTES", 10 * 4 * 16 * 16 * 4), ("SHARD_ROWS", 10)])
+def test_shards_are_cut_by_bytes_and_rows(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(store, limit, value)
     data = read_file(write_pairs(tmp_path / "data", 12))
     encode(generator, data.images, [], tmp_path / "cache")
     assert len(list(tmp_path.glob("cache/images-*/*.safetensors"))) == 3  # batches of 5: 10, 10 and 4

@@ -29,6 +29,8 @@ from drmcli.files import disk_is_full, write_bytes
 
 SHARD_BYTES = 256 * 2**20
 """Bytes of a shard, from which on it is written."""
+SHARD_ROWS = 65_536
+"""Rows of a shard, from which on it is written however small they are: a shard of bytes alone could be millions of tiny tensors."""
 OPEN_SHARDS = 64
 """Mapped shards kept open."""
 UNINDEXED = 16
@@ -203,7 +205,7 @@ def explained_folder(folder: Path) -> Iterator[None]:
 
 
 class Writer:
-    """Rows that are waiting to be a shard of `SHARD_BYTES`. They leave the GPU when they come."""
+    """Rows that are waiting to be a shard of `SHARD_BYTES`, or of `SHARD_ROWS`. They leave the GPU when they come."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -218,7 +220,7 @@ class Writer:
         self.rows += [{name: t.detach().cpu().clone() for name, t in row.items()} for row in rows]
         self.flags += [0] * len(rows) if flags is None else list(flags)
         self.bytes += sum(t.nbytes for row in self.rows[-len(rows) :] for t in row.values())
-        return self.flush() if self.bytes >= SHARD_BYTES else False
+        return self.flush() if self.bytes >= SHARD_BYTES or len(self.rows) >= SHARD_ROWS else False
 
     def flush(self) -> bool:
         """Write what is waiting."""

@@ -123,6 +123,15 @@ def test_the_dataset_of_the_overhead_is_in_the_published_layout(tmp_path: Path) 
     assert (len(data.prompts), len(data.images), len(data)) == (3, 27, 3 * 36)
 
 
+def test_every_ratio_of_the_overhead_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = runpy.run_path(str(ROOT / "examples" / "studies" / "overhead.py"), run_name="example")
+    made["step_ratio"](tmp_path, steps=7)
+    made["sampling_ratio"](pictures=2, repeats=1)
+    made["update_ratio"](tmp_path, repeats=1)
+    ratios = [float(text) for text in re.findall(r"ratio ([0-9.]+) ", capsys.readouterr().out)]
+    assert len(ratios) == 4 and all(0 < ratio < 100 for ratio in ratios), ratios
+
+
 def test_configs_of_the_memory_plan(tmp_path: Path) -> None:
     """SD3.5-Medium: 2.24 billion parameters and a buffer of 0.23 billion positions, 2.5 in all; 2.0 in 21 of its 24 blocks."""
     from drmcli.config import resolve

@@ -121,7 +121,7 @@ class BareSteps(Silent):
         noisy = add_noise(batch.latents, batch.noise, batch.sigma)
         weights = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
         started = time.perf_counter()
-        torch.autograd.grad(self.model.features(noisy, batch.sigma, batch.cond)[-1].square().mean(), weights)
+        torch.autograd.grad(self.model.features(noisy, batch.sigma, batch.conds)[-1].square().mean(), weights)
         self.seconds.append(time.perf_counter() - started)
 
 

@@ -137,8 +137,19 @@ def test_every_preset_resolves_for_every_command() -> None:
         for command in configs.COMMANDS:
             if "preset" in configs.field_names(configs.COMMANDS[command]):
                 configs.resolve(command, preset=name)
-        known = {"common", *configs.COMMANDS}
+        known = {"common", "preset", *configs.COMMANDS}
         assert set(yaml.safe_load(configs.preset_text(name))) <= known
+
+
+def test_a_preset_over_another_one(tmp_path: Path) -> None:
+    """What it does not say is the other's, and its text is a config file with the same values."""
+    own, base = configs.resolve("sample", preset="flux1-schnell"), configs.resolve("sample", preset="flux1-dev")
+    assert (own.steps, base.steps, own.max_batch) == (4, 28, base.max_batch)
+    (tmp_path / "own.yaml").write_text(configs.preset_text("flux1-schnell"), encoding="utf-8")
+    again = configs.resolve("sample", file=str(tmp_path / "own.yaml"))
+    assert again.preset == "flux1-dev"
+    again.preset = own.preset
+    assert again == own
 
 
 def test_every_config_key_says_what_it_means() -> None:

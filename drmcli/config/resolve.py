@@ -1,8 +1,8 @@
 """Configs resolved in one order: defaults < preset < config file < `--set` < flag.
 
 A preset is a YAML file of `drmcli/config/presets`: a section `common` and one a command, with only what differs from the
-defaults. Unknown keys, unknown names and wrong values are InputErrors that list close matches; nothing is ignored.
-`{package}` in a path stands for the folder of the installed package.
+defaults, or from another preset that it names at its head (`preset: flux1-dev`). Unknown keys, unknown names and wrong values
+are InputErrors that list close matches; nothing is ignored. `{package}` in a path stands for the folder of the installed package.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def preset_text(name: str) -> str:
 
 
 def preset_values(name: str, command: str) -> dict[str, Any]:
-    """What a preset sets for a command: its `common` section and the command's own."""
+    """What a preset sets for a command: what the preset that it is based on sets, its `common` section and the command's own."""
     sections = parse_yaml(preset_text(name), f"--preset {name}") or {}
-    return _of_sections(sections, command)
+    base = sections.get("preset")
+    return (preset_values(base, command) if base else {}) | _of_sections(sections, command)
 
 
 def field_names(cls: type) -> list[str]:

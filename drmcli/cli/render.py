@@ -95,6 +95,11 @@ def span(ci95: list[float | None], form: str) -> str:
     return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
+def pictures(run: str, *names: str) -> str:
+    """Where a run's pictures lie, those that there are, to go on a line."""
+    return "".join(f"; {path}" for name in names if (path := Path(run) / f"{name}.png").is_file())
+
+
 def geneval(s: dict[str, Any]) -> None:
     console = stdout()
     made = table(
@@ -214,7 +219,9 @@ def bench(s: dict[str, Any]) -> None:
     if len(s["by_sigma"]) > 1:
         console.print("\naccuracy by noise level, from chance (50 %) to 100 %")
         console.print(text_plot(s["by_sigma"]))
-    console.print(f"\n{s['seconds']:.0f} s on {s['device']}; tables and plot: {s['run']}")
+    console.print(
+        f"\n{s['seconds']:.0f} s on {s['device']}; tables: {s['run']}{pictures(s['run'], 'accuracy_by_noise', 'calibration')}"
+    )
 
 
 def score(s: dict[str, Any]) -> None:
@@ -301,6 +308,7 @@ def grpo(s: dict[str, Any]) -> None:
         f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['train_seconds']:.0f} s of training on {s['device']}"
     )
     console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})")
+    console.print(f"in {s['run']}{pictures(s['run'], 'before_after', 'curve')}")
 
 
 def demo(s: dict[str, Any]) -> None:

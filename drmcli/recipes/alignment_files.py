@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
 
 from drmcli.algorithms import Scored
 from drmcli.config import Grpo
@@ -16,6 +15,10 @@ from drmcli.evaluation import Evaluation
 from drmcli.plots import reward_and_judge
 from drmcli.recipes.alignment import Alignment, State
 from drmcli.run import Run, atomic_folder, guarded
+from drmcli.sheets import Block, Tile, by_prompt, note_of, score_text, sheet
+
+IN_GRID = 32
+"""Pictures of an evaluation's grid."""
 
 
 def product(config: Grpo) -> str:
@@ -101,25 +104,27 @@ def record(
     )
 
 
-def picture_grid(run: Run, images: list[Image.Image], update: int) -> None:
-    """samples/step-N/grid.png: the first 32 pictures of an evaluation."""
-    tiles = [
-        i.resize((96, 96), Image.Resampling.NEAREST if i.width < 96 else Image.Resampling.LANCZOS) for i in images[:32]
-    ]
+def picture_grid(run: Run, found: Evaluation, prompts: Sequence[str], seeds: int, update: int) -> None:
+    """samples/step-N/grid.png: the first 32 pictures of an evaluation with their seeds and rewards."""
+    count = min(IN_GRID, len(found.images))
+    texts = [prompts[i // seeds] for i in range(count)]
+    notes = [note_of(i % seeds, float(found.reward[i])) for i in range(count)]
     with guarded(run.folder):
-        make_image_grid(
-            tiles[: len(tiles) // 8 * 8] or tiles, max(1, len(tiles) // 8), min(8, len(tiles))
-        ).save(run.path("samples", f"step-{update:06d}", "grid.png"))  # fmt: skip
+        grid = sheet(by_prompt(texts, found.images[:count], notes), title=f"update {update}: seed and reward")
+        grid.save(run.path("samples", f"step-{update:06d}", "grid.png"))
 
 
-def before_and_after(run: Run, before: Evaluation, after: Evaluation, seeds: int) -> None:
-    """before_after.png: test pictures before, and under them after."""
-    count = min(8, len(before.images) // seeds)
-    tiles = [e.images[i * seeds] for e in (before, after) for i in range(count)]
-    small = tiles[0].width < 128
-    tiles = [t.resize((128, 128), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS) for t in tiles]
-    tiles = [ImageOps.expand(t, border=2, fill="#c8ccd0") for t in tiles]
-    make_image_grid(tiles, 2, len(tiles) // 2).save(run.path("before_after.png"))
+def before_and_after(run: Run, ways: Mapping[str, Evaluation], prompts: Sequence[str], seeds: int) -> None:
+    """before_after.png: the first seed of up to eight test prompts, drawn in each way, with reward and judge."""
+    blocks = []
+    for first in range(0, min(8 * seeds, len(ways["before"].images)), seeds):
+        tiles = []
+        for way, found in ways.items():
+            judged = score_text(float(found.judge[first]))
+            note = f"{way}\nreward {score_text(float(found.reward[first]))}" + (f"\njudge {judged}" if judged else "")
+            tiles.append(Tile(found.images[first], note=note))
+        blocks.append(Block(tiles, prompts[first // seeds]))
+    sheet(blocks).save(run.path("before_after.png"))
 
 
 def curve(run: Run, history: list[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw
 
 from drmcli import results
 from drmcli.config import package_path, resolve
@@ -32,11 +31,11 @@ from drmcli.recipes.generated import Part, lora_folder
 from drmcli.run import Interruptions, Reporter, Run, open_run, seed_of
 from drmcli.scorers import Scorer, load_scorer
 from drmcli.scorers.combine import parse_term
+from drmcli.sheets import Block, Tile, note_of, sheet
 
 SHAPES = 200
 """Captions of the embedded world that are drawn where no number is given."""
-SHEET_ROWS = 16
-TILE = 128
+SHEET_ROWS, SHEET_COLUMNS = 16, 8
 SHARED = ("seed", "device", "dtype", "attention", "resolution", "generator", "revision", "max_sequence_length", "text_encoder_3",
           "num_images", "steps", "step_rule", "noise_level", "guidance_scale", "batch_size")  # fmt: skip
 """What the drawing takes over."""
@@ -74,7 +73,7 @@ def run(config: DataMake, reporter: Reporter) -> dict[str, Any]:
             summary |= {"n_pairs": len(made.label), "n_ties": int((made.label == 0.5).sum())}
             summary["mean_scores"] = {s.name: float(x.mean()) for s, x in zip(scorers, found)}
         results.write(folder.folder / "drawn.parquet", "drawn", rows_of(images, score), folder.id)
-        sheet(folder.folder / "sheet.png", images, score, config.num_images)
+        contact_sheet(folder.folder / "sheet.png", images, score, config.num_images)
         shutil.rmtree(folder.folder / "partial", ignore_errors=True)
         return folder.finish(summary | {"seconds": round(time.monotonic() - folder.started, 2)})
 
@@ -165,29 +164,19 @@ def rows_of(images: list[dict[str, Any]], score: np.ndarray | None) -> list[dict
     ]
 
 
-def sheet(path: Path, images: list[dict[str, Any]], score: np.ndarray | None, count: int) -> None:
-    """A contact sheet: a row a prompt (the first ones), its best picture first, its score below."""
-    rows = min(SHEET_ROWS, len(images) // count)
-    columns, line = min(count, 8), 16
-    made = Image.new("RGB", (columns * (TILE + 6) + 6, rows * (TILE + 2 * line + 8)), "white")
-    pen = ImageDraw.Draw(made)
-    for row in range(rows):
+def contact_sheet(path: Path, images: list[dict[str, Any]], score: np.ndarray | None, count: int) -> None:
+    """sheet.png: a row a prompt (the first ones), its best pictures first, seed and score below."""
+    blocks = []
+    for row in range(min(SHEET_ROWS, len(images) // count)):
         order = np.arange(count) if score is None else np.argsort(-score[row], kind="stable")
-        top = row * (TILE + 2 * line + 8) + 4
-        pen.text(
-            (6, top),
-            images[row * count]["prompt"][: columns * 20].encode("latin-1", "replace").decode("latin-1"),
-            "black",
-        )
-        for column, k in enumerate(order[:columns]):
-            source = images[row * count + int(k)]["path"]
-            tile = load_image(FileImage(source, path.parent / source))
-            method = Image.Resampling.NEAREST if tile.width < TILE else Image.Resampling.LANCZOS
-            made.paste(tile.resize((TILE, TILE), method), (6 + column * (TILE + 6), top + line))
-            if score is not None:
-                pen.text((8 + column * (TILE + 6), top + line + TILE + 1), f"{score[row, k]:+.2f}", "black")
+        tiles = []
+        for k in map(int, order[:SHEET_COLUMNS]):
+            image = images[row * count + k]
+            picture = load_image(FileImage(image["path"], path.parent / image["path"]))
+            tiles.append(Tile(picture, note=note_of(image["seed"], None if score is None else float(score[row, k]))))
+        blocks.append(Block(tiles, images[row * count]["prompt"]))
     with guarded(path):
-        made.save(path)
+        sheet(blocks).save(path)
 
 
 def plan(config: DataMake) -> dict[str, Any]:

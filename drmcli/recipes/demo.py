@@ -24,6 +24,7 @@ from drmcli.recipes import bench, grpo, sample, train_reward
 from drmcli.report import Report
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, guarded, open_run, write_text
+from drmcli.sheets import note_of
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
 
@@ -197,7 +198,8 @@ def write_report(
     for i in range(0, 2 * SHOWN, 2):
         rows = [s["images"][i] for s in drawn.values()]
         page.text(rows[0]["prompt"])
-        page.row([Image.open(row["path"]) for row in rows], list(drawn))
+        captions = [f"{mode}: {note_of(row['seed'], row['score'])}" for mode, row in zip(drawn, rows)]
+        page.row([Image.open(row["path"]) for row in rows], captions)
     page.heading("Step-wise GRPO")
     (lo, hi), (low, high) = aligned["judge_gain_ci95"], aligned["reward_gain_ci95"]
     page.text(
@@ -207,9 +209,7 @@ def write_report(
         f"{aligned['reward_before']:.2f} to {aligned['reward_after']:.2f} ({low:+.2f} to {high:+.2f})."
     )
     page.picture(folder.folder / "grpo" / "curve.png", "Reward and judge on validation captions, update by update.")
-    page.picture(
-        folder.folder / "grpo" / "before_after.png", "The same captions and seeds before (above) and after (below)."
-    )
+    page.picture(folder.folder / "grpo" / "before_after.png", "The same captions and seeds before and after.")
     show_examples(page, examples)
     page.heading("What was run")
     page.text(

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import Image
 
 from drmcli import results
 from drmcli.config import Bench, package_path, resolve, spoken
@@ -36,6 +35,7 @@ from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.recipes import sample
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import load_scorer
+from drmcli.sheets import Block, Tile, note_of, sheet
 from drmcli.tiny import tasks, world
 
 METADATA = "evaluation_metadata.jsonl"
@@ -43,7 +43,6 @@ TASK_SETS: dict[str, Callable[[], list[Item]]] = {"shapes": tasks.items}
 """Prompts with what must be seen in each that are made, by the detector that sees it."""
 SHAPES_PROMPTS = 96
 """Held-out captions of shapes-prompts."""
-TILE = 128
 
 
 def wanted(config: Bench) -> bool:
@@ -147,6 +146,7 @@ def run_prompts(config: Bench, folder: Run, device: torch.device, dtype: torch.d
     drawn = {way: draw(config, folder, prompts, way, lora) for way, lora in ways.items()}
     prompt = np.repeat(np.arange(len(prompts)), config.num_images)
     tables, scored = [], []
+    shown: dict[str, np.ndarray] = {}
     with Interruptions() as interruptions:
         for number, ref in enumerate(refs):
             scores = {}
@@ -162,9 +162,10 @@ def run_prompts(config: Bench, folder: Run, device: torch.device, dtype: torch.d
                 tables.append(results.read(part))
                 scores[way] = tables[-1]["score"].to_numpy(float)
             scored.append({"scorer": ref} | _compared(scores, prompt))
+            shown = shown or scores
         diversity = {way: spread(config, summary["images"], device, dtype) for way, summary in drawn.items()}
     results.write(folder.folder / "generated.parquet", "generated", pd.concat(tables), folder.id)
-    side_by_side(folder, drawn, config.num_images)
+    side_by_side(folder, drawn, config.num_images, shown)
     shutil.rmtree(folder.folder / "partial")
     return {
         "split": None,
@@ -242,19 +243,18 @@ def spread(config: Bench, images: list[dict[str, Any]], device: torch.device, dt
     return float(torch.stack(apart).mean())
 
 
-def side_by_side(folder: Run, drawn: dict[str, dict[str, Any]], n: int) -> None:
-    """before_after.png: the first seed of up to eight prompts, a row a way."""
-    rows = [_load([row["path"] for row in summary["images"][::n][:8]]) for summary in drawn.values()]
-    tiles = [
-        t.resize(
-            (TILE, TILE * t.height // t.width), Image.Resampling.NEAREST if t.width < TILE else Image.Resampling.LANCZOS
-        )
-        for row in rows
-        for t in row
-    ]
-    tiles = [ImageOps.expand(t, border=2, fill="#c8ccd0") for t in tiles]
+def side_by_side(folder: Run, drawn: dict[str, dict[str, Any]], n: int, scores: dict[str, np.ndarray]) -> None:
+    """before_after.png: the first seed of up to eight prompts in each way, with its score by the first scorer."""
+    blocks = []
+    for first in range(0, min(8 * n, len(drawn["before"]["images"])), n):
+        rows = {way: summary["images"][first] for way, summary in drawn.items()}
+        tiles = []
+        for (way, row), picture in zip(rows.items(), _load([row["path"] for row in rows.values()])):
+            note = note_of(row["seed"], float(scores[way][first]))
+            tiles.append(Tile(picture, note=f"{way}\n{note}" if len(drawn) > 1 else note))
+        blocks.append(Block(tiles, rows["before"]["prompt"]))
     with guarded(folder.folder):
-        make_image_grid(tiles, len(rows), len(rows[0])).save(folder.folder / "before_after.png")
+        sheet(blocks).save(folder.folder / "before_after.png")
 
 
 # --- GenEval ------------------------------------------------------------------------------------------------------------

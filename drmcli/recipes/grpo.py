@@ -282,7 +282,7 @@ def watch(a: Alignment, state: State) -> None:
     state.history.append(row)
     if a.main:
         a.tables.evals.add(split="val", **{k: v for k, v in row.items() if k != "refreshes"})
-        picture_grid(a.run, found.images, state.update)
+        picture_grid(a.run, found, a.prompts["val"], a.config.eval_seeds, state.update)
     judged = f", judge {row['judge']:.3f}" if a.judge else ""
     diverse = "" if row["diversity"] is None else f", diversity {row['diversity']:.3f}"
     a.run.note(f"update {state.update}: reward {row['reward']:+.3f}{judged}{diverse}")
@@ -325,7 +325,7 @@ def finish(a: Alignment, state: State) -> dict[str, Any]:
         for table in vars(a.tables).values():
             table.flush(state.update)
         with guarded(folder):
-            before_and_after(a.run, before, after, a.config.eval_seeds)
+            before_and_after(a.run, {"before": before, "after": after}, a.prompts["test"], a.config.eval_seeds)
             curve(a.run, state.history)
         summary = a.run.finish(summary)
         if state.refreshes:

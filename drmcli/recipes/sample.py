@@ -28,12 +28,16 @@ from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.recipes import methods
 from drmcli.recipes.chooser import load_scorers, share_blocks
-from drmcli.recipes.sheets import branch_tree, contact_sheet
+from drmcli.recipes.sheets import branch_tree
 from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
 from drmcli.sampling import Candidates, Samples, Search, expected_calls, sample
 from drmcli.scorers import StateScorer
 from drmcli.scorers.combine import Combined, Term
 from drmcli.scorers.drm import RewardScorer
+from drmcli.sheets import by_prompt, note_of, sheet
+
+IN_GRID = 64
+"""Pictures of grid.png, the first."""
 
 
 @dataclass
@@ -250,7 +254,7 @@ class Studio:
             paths.append(f"images/{job.id}.png")
         if self.config.trace and samples.candidates:
             for i, job in enumerate(jobs):
-                tree = branch_tree(self.generator, samples.candidates, i)
+                tree = branch_tree(self.generator, samples.candidates, i, f"{job.prompt}, seed {job.seed}")
                 with guarded(self.folder.folder):
                     tree.save(self.folder.path("traces", f"{job.id}.png"))
         return paths
@@ -322,10 +326,10 @@ def finish(config: Sample, folder: Run, studio: Studio, counts: Counts) -> dict[
     )
     results.write(folder.folder / "candidates.parquet", "candidates", candidates, folder.id)
     with guarded(folder.folder):
-        pictures = [Image.open(folder.folder / path).convert("RGB") for path in images["path"][:64]]
-        contact_sheet(pictures, config.num_images if 1 < config.num_images <= 8 else None).save(
-            folder.folder / "grid.png"
-        )
+        shown = images[:IN_GRID]
+        pictures = [Image.open(folder.folder / path).convert("RGB") for path in shown["path"]]
+        notes = [note_of(seed, score) for seed, score in zip(shown["seed"], shown["score"])]
+        sheet(by_prompt(list(shown["prompt"]), pictures, notes)).save(folder.folder / "grid.png")
         shutil.rmtree(partial)
     listed = [
         {

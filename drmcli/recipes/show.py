@@ -18,8 +18,8 @@ from drmcli.run import guarded, write_text
 
 TABLES = ("metrics", "evals", "pairs.parquet", "scores.parquet", "images.parquet", "candidates.parquet", "rollouts")
 CAPTIONS = {
-    "grid.png": "What was drawn.",
-    "before_after.png": "The same prompts and seeds before (above) and after (below).",
+    "grid.png": "What was drawn, with seed and score.",
+    "before_after.png": "The same prompts and seeds before and after.",
     "curve.png": "Reward and judge on validation prompts, by update.",
     "training.png": "Loss, and the accuracy in training where there is one.",
     "accuracy_by_noise.png": "Pair accuracy by noise level; 50 % is chance.",

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 
-from drmcli.errors import DrmError, InputError, MissingError
+from drmcli.errors import DrmError, InputError, MissingError, RunError
 
 LAYOUTS = {
     "": "the folder must hold a pipeline in Hugging Face layout with .safetensors weights",
@@ -89,3 +90,47 @@ def quiet_hub():
     finally:
         hub_logging.set_verbosity(before)
         pools.setLevel(level)
+
+
+@contextmanager
+def pushing(name: str):
+    """Turn what a push to the hub can raise into one clear error; its client's bars and notices are kept out of the terminal."""
+    flag, silent = f"--push {name}", are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with quiet_hub():
+            yield
+    except DrmError:
+        raise
+    except (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError) as error:
+        raise MissingError(
+            f"{flag}: the hub cannot be reached: offline mode is on", hint="unset HF_HUB_OFFLINE"
+        ) from error
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        known = {
+            401: ("the hub does not accept the token", "`hf auth login` with a token that may write"),
+            403: ("the token may not write there", "use a token with the right to write, or a name of your own"),
+            404: ("there is no such owner, or no access to it", "check the name, and that the token may write there"),
+            409: ("somebody else is changing it at this moment", "run the same command again"),
+        }
+        if status in known:
+            raise MissingError(f"{flag}: {known[status][0]}", hint=known[status][1]) from error
+        fact = f"the hub answered {status}: {one_line(error)}"
+        raise RunError(
+            f"{flag}: {fact}", hint="run the same command again later; what is pushed already is not sent twice"
+        ) from error
+    except Exception as error:
+        if is_network(error):
+            raise MissingError(
+                f"{flag}: the hub cannot be reached: {one_line(error)}",
+                hint="run the same command again; nothing was committed",
+            ) from error
+        if isinstance(
+            error, ValueError
+        ):  # what the hub says of the card's metadata, or an answer that is none of the hub's
+            raise RunError(f"{flag}: the hub refused it: {one_line(error)}", hint="see the message") from error
+        raise
+    finally:
+        if not silent:
+            enable_progress_bars()

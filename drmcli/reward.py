@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drmcli.config import local_or_hub, spoken
+from drmcli.cards import reward_card
+from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
 from drmcli.families.base import Conditioning, Family, latent_space, listening
@@ -197,13 +198,13 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """`save_pretrained` of tensors that were gathered before, where each process holds a part of the weights."""
+    def write(self, folder: Path, tensors: dict[str, Tensor], card: str) -> None:
+        """`save_pretrained` of tensors that were gathered before, where each process holds a part of the weights, with a card."""
         self._write(folder, tensors)
-        self.generate_model_card().save(folder / "README.md")
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        return model_card(self)
+        return ModelCard(reward_card(asdict(self.config)))
 
     @classmethod
     def from_pretrained(
@@ -369,33 +370,3 @@ def _loaded(cls: type[RewardModel], where: Path, flag: str, ref: str) -> RewardM
     model.set_trainable()
     model.load_tensors(tensors, f"{flag} {ref}")
     return model
-
-
-def model_card(model: RewardModel) -> ModelCard:
-    """README.md of a saved model."""
-    c = model.config
-    kept = max(model.taps) + 1
-    text = f"""---
-library_name: drmcli
-tags: [reward-model, text-to-image, diffusion]
-base_model: {c.base_model if "{" not in c.base_model else "embedded"}
----
-
-# A diffusion-based reward model
-
-Scores how well a picture, or a noisy latent at any step, serves a prompt. Higher is better; only differences for one prompt
-mean something.
-
-- base: {spoken(c.base_model)}, revision {c.base_revision or "main"}; {kept} of {model.family.depth(c.transformer)} blocks
-- trained: {c.backbone} backbone; image tokens of block {", ".join(map(str, model.taps))}; head width {c.head_width}, {c.head_pool} pooling
-- training resolution: {c.resolution or "the base's own"}; T5: {"yes" if c.text_encoder_3 else "no"}
-
-```python
-from drmcli import RewardModel
-model = RewardModel.from_pretrained("FOLDER")
-model.score_images([image], ["a prompt"], sigmas=[0.25])
-```
-
-Method: DRM, arXiv 2605.25661. The licence of the base model applies to what was trained from it.
-"""
-    return ModelCard(text)

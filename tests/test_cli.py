@@ -17,7 +17,20 @@ from drmcli import config as configs
 from drmcli.cli import app as application
 from drmcli.errors import InputError
 
-COMMANDS = ["demo", "train-reward", "bench", "sample", "grpo", "score", "serve", "show", "data", "config", "doctor"]
+COMMANDS = [
+    "demo",
+    "train-reward",
+    "bench",
+    "sample",
+    "grpo",
+    "score",
+    "serve",
+    "export",
+    "show",
+    "data",
+    "config",
+    "doctor",
+]
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib", "yaml")
 README = Path(__file__).parents[1] / "README.md"
 

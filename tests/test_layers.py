@@ -8,7 +8,7 @@ from pathlib import Path
 import drmcli
 
 ROOT = Path(drmcli.__file__).parent
-GROUND = {"__init__", "errors", "files", "signals", "run", "results", "report", "plots", "sheets", "hub",
+GROUND = {"__init__", "errors", "files", "signals", "run", "results", "report", "plots", "sheets", "hub", "cards",
           "tiny.world", "tiny.judge", "tiny.tasks"}  # fmt: skip
 """Single modules that do without torch, besides the folders below."""
 GROUND_FOLDERS = ("config", "data", "measure")

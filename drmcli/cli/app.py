@@ -13,7 +13,21 @@ import typer
 from typer.core import TyperGroup
 
 from drmcli import __version__, signals
-from drmcli.cli import bench, config, data, demo, doctor, grpo, reproduce, sample, score, serve, show, train_reward
+from drmcli.cli import (
+    bench,
+    config,
+    data,
+    demo,
+    doctor,
+    export,
+    grpo,
+    reproduce,
+    sample,
+    score,
+    serve,
+    show,
+    train_reward,
+)
 from drmcli.cli.options import Command
 from drmcli.errors import DrmError, Interrupted, is_out_of_memory
 from drmcli.files import ROOM, disk_is_full
@@ -65,6 +79,7 @@ def make_app(words: Collection[str], *, everything: bool = False) -> typer.Typer
     add(USE, sample.sample)
     add(USE, grpo.grpo)
     add(USE, serve.serve)
+    add(USE, export.export)
     add(INSPECT, show.show)
     app.add_typer(data.group(full="data" in words, everything=everything), name="data", rich_help_panel=INSPECT)
     app.add_typer(config.app, name="config", rich_help_panel=INSPECT)

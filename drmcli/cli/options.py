@@ -76,6 +76,7 @@ METAVARS = {
     "scorers": "REF", "add_rewards": "REF=WEIGHT", "lora": "REF", "out": "DIR", "data_dir": "DIR", "cache_dir": "DIR",
     "images": "DIR", "dataset": "NAME|PATH", "data": "NAME|PATH", "eval_data": "NAME|PATH", "prompts": "FILE", "preset": "NAME",
     "tune": "FILE", "methods": "FILE", "branch_sigmas": "LO,HI", "window": "LO,HI", "branch_steps": "FIRST,LAST",
+    "to": "FOLDER", "push": "OWNER/NAME", "base": "OWNER/NAME",
 }  # fmt: skip
 """What stands for a value in help, where its type says too little."""
 COMMON = {

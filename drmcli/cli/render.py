@@ -345,6 +345,23 @@ def data_make(s: dict[str, Any]) -> None:
         console.print(f"next: drm train-reward --data {s['data']}=0.7 --data OTHER=0.3", markup=False)
 
 
+def export(s: dict[str, Any], *, dry: bool = False) -> None:
+    console = stdout()
+    made = table(f"{s['kind']} of {s['run']}, base {spoken(s['base'])}", "file", "MB")
+    for row in s["files"]:
+        made.add_row(row["path"], f"{row['bytes'] / 1e6:,.3f}")
+    made.add_row("all", f"{s['bytes'] / 1e6:,.3f}", style="bold")
+    console.print(made)
+    if s["to"]:
+        console.print(f"folder: {s['to']}")
+    if s["push"]:
+        console.print(f"hub: {s.get('url', s['push'])}, {s['visibility']}")
+    if dry:
+        if s["push"]:
+            console.print(f"token: {s['token']}")
+        console.print("nothing was written")
+
+
 def reproduce(s: dict[str, Any]) -> None:
     from drmcli.recipes.reproduce import cells
 
@@ -370,6 +387,11 @@ NEXT: dict[str, Callable[[dict[str, Any]], str]] = {
     "grpo": lambda s: (
         f'drm sample "a prompt" --lora {shlex.quote(s["lora"])}' if s["lora"] else f"drm show {shlex.quote(s['run'])}"
     ),
+    "export": lambda s: {
+        "reward model": "drm sample --stepwise --reward {}",
+        "LoRA": "drm sample --lora {}",
+        "pipeline": "drm sample --generator {}",
+    }[s["kind"]].format(shlex.quote(s["to"] or s["push"])),
     "demo": lambda s: "drm train-reward --data pairs.jsonl, with your own pictures: examples/guides/own-data.md",
 }
 """What to run next, said on stderr at a command's end."""

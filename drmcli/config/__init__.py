@@ -2,6 +2,7 @@
 
 from drmcli.config.aligning import Grpo
 from drmcli.config.commands import COMMANDS, SINGULAR
+from drmcli.config.exporting import Export
 from drmcli.config.reproducing import Reproduce
 from drmcli.config.resolve import (
     build,
@@ -15,6 +16,7 @@ from drmcli.config.resolve import (
     read_config_file,
     resolve,
     spoken,
+    to_command,
     to_dict,
     to_yaml,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "Data",
     "Demo",
     "Drawing",
+    "Export",
     "Grpo",
     "Reproduce",
     "Sample",
@@ -55,6 +58,7 @@ __all__ = [
     "read_config_file",
     "resolve",
     "spoken",
+    "to_command",
     "to_dict",
     "to_yaml",
 ]

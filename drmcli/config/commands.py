@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from drmcli.config.aligning import Grpo
+from drmcli.config.exporting import Export
 from drmcli.config.making import DataLabel, DataMake
 from drmcli.config.reproducing import Reproduce
 from drmcli.config.schema import Bench, Demo, Sample, Score, TrainReward
@@ -16,6 +17,7 @@ COMMANDS: dict[str, type] = {
     "grpo": Grpo,
     "demo": Demo,
     "serve": Serve,
+    "export": Export,
     "data-make": DataMake,
     "data-label": DataLabel,
     "reproduce": Reproduce,

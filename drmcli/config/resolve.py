@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,6 +138,35 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any, command: str) -> str:
     """A config as the YAML that `--config` reads."""
     return dump_yaml({"command": command, **to_dict(config)})
+
+
+def to_command(command: str, values: dict[str, Any]) -> list[str]:
+    """The words of the command line that repeats a run of these values: what differs from the preset, without where it was kept.
+
+    For commands whose keys are all flags, as train-reward and grpo.
+    """
+    cls, words = COMMANDS[command], ["drm", command]
+    flags: dict[str, Any] = {}
+    if "preset" in field_names(cls) and values.get("preset", "tiny") != "tiny":
+        flags["preset"] = values["preset"]
+        words += ["--preset", str(values["preset"])]
+    usual = to_dict(resolve(command, preset=flags.get("preset")))
+    for key in field_names(cls):
+        value = values.get(key, usual[key])
+        if key in PLACES or value == usual[key]:
+            continue
+        flag = "--" + SINGULAR.get((command, key), key).replace("_", "-")
+        if value is None or isinstance(value, bool) or value == []:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+        elif isinstance(value, list) and all(isinstance(part, str) for part in value):
+            words += [word for part in value for word in (flag, part)]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
+
+
+PLACES = {"preset", "out", "resume", "overwrite", "cache_dir", "no_cache", "device"}
+"""Keys that say where a run works, and nothing of its result; the preset is named first."""
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from drmcli.algorithms import Scored
-from drmcli.config import Grpo
+from drmcli.cards import policy_card
+from drmcli.config import Grpo, to_dict
 from drmcli.data.preferences import text_id
 from drmcli.evaluation import Evaluation
 from drmcli.plots import reward_and_judge
 from drmcli.recipes.alignment import Alignment, State
-from drmcli.run import Run, atomic_folder, guarded
+from drmcli.run import Run, atomic_folder, guarded, write_text
 from drmcli.sheets import Block, Tile, by_prompt, note_of, score_text, sheet
 
 IN_GRID = 32
@@ -36,7 +37,7 @@ def save_best(a: Alignment, update: int) -> None:
     if a.main:
         with atomic_folder(best_folder(a)) as part:
             a.policy.save_weights(part)
-            write_card(part, a.config, update, type(a.policy.generator.pipe).__name__)
+            write_card(part, a.config, update)
 
 
 def save_product(a: Alignment, target: Path, update: int) -> None:
@@ -44,25 +45,15 @@ def save_product(a: Alignment, target: Path, update: int) -> None:
     if a.main:
         with atomic_folder(target) as part:
             a.policy.save_pipeline(part)
-            write_card(part, a.config, update, type(a.policy.generator.pipe).__name__)
+            write_card(part, a.config, update)
 
 
-def write_card(folder: Path, config: Grpo, update: int, pipeline: str) -> None:
-    """README.md of a saved policy."""
-    if config.train == "lora":
-        use = f"pipe = {pipeline}.from_pretrained(BASE)\npipe.load_lora_weights(THIS_FOLDER)"
-        what = f"A LoRA of rank {config.lora_rank}, alpha {config.lora_alpha}"
-    elif (folder / "model_index.json").exists():
-        use, what = f"pipe = {pipeline}.from_pretrained(THIS_FOLDER)", "A whole pipeline"
-    else:
-        use = f"pipe = {pipeline}.from_pretrained(BASE)  # and its denoiser from this folder"
-        what = "The transformer of a pipeline"
-    (folder / "README.md").write_text(
-        f"---\nlibrary_name: diffusers\ntags: [{config.train}, text-to-image]\n---\n\n# Aligned by `drm grpo`\n\n"
-        f"{what}: {config.algorithm}, update {update}, base `{config.generator}`, reward `{config.reward}`.\n\n"
-        f"```python\n{use}\n```\n\nThe licence of the base model applies.\n",
-        encoding="utf-8",
+def write_card(folder: Path, config: Grpo, update: int, summary: dict[str, Any] | None = None) -> None:
+    """README.md of a saved policy. summary: what was measured of it, once it was."""
+    kind = (
+        "lora" if config.train == "lora" else "generator" if (folder / "model_index.json").exists() else "transformer"
     )
+    write_text(folder / "README.md", policy_card(to_dict(config), update, kind=kind, summary=summary))
 
 
 def record(

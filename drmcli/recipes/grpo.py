@@ -40,6 +40,7 @@ from drmcli.recipes.alignment_files import (
     record,
     save_best,
     save_product,
+    write_card,
 )
 from drmcli.recipes.alignment_plan import plan as plan
 from drmcli.recipes.checkpoints import finite
@@ -327,6 +328,7 @@ def finish(a: Alignment, state: State) -> dict[str, Any]:
         with guarded(folder):
             before_and_after(a.run, {"before": before, "after": after}, a.prompts["test"], a.config.eval_seeds)
             curve(a.run, state.history)
+        write_card(folder / name, a.config, summary["best_update"], summary)
         summary = a.run.finish(summary)
         if state.refreshes:
             for i, model in enumerate(a.rewards.models):

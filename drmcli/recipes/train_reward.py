@@ -7,7 +7,7 @@ work among processes is `launch` and `sharding`, what is kept `checkpoints`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from drmcli.config import TrainReward
+from drmcli.cards import reward_card
+from drmcli.config import TrainReward, to_dict
 from drmcli.data import cache
 from drmcli.data.batches import Batches, EncodedPairs, check_sizes, micro_batches
 from drmcli.data.preferences import Preferences
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError
 from drmcli.generator import pick_dtype, use_attention
-from drmcli.measure.protocols import Pairs, accuracy
+from drmcli.measure.protocols import Accuracy, Pairs, accuracy
 from drmcli.memory import store_frozen_in
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoints
@@ -111,10 +112,10 @@ class Training:
             self.checkpoints.save(learner.step, tensors, state | {"best": self.best}, also=also)
         self.accelerator.wait_for_everyone()
 
-    def record(self, step: int, by_sigma: list[dict[str, float]]) -> None:
+    def record(self, step: int, by_sigma: list[dict[str, Any]]) -> None:
         """A row of the evaluations a noise level."""
         for row in by_sigma:
-            self.evals.add(step=step, n_pairs=len(self.held_out.pairs), **row)
+            self.evals.add(step=step, n_pairs=len(self.held_out.pairs), sigma=row["sigma"], accuracy=row["accuracy"])
 
 
 def train(training: Training, learner: Learner, batches: Batches, interruptions: Interruptions) -> None:
@@ -158,15 +159,15 @@ def evaluate_and_note(training: Training, learner: Learner) -> None:
         by_sigma = evaluate(training, learner)
     training.record(learner.step, by_sigma)
     sigma = training.config.eval_sigma
-    headline = headline_accuracy(by_sigma, sigma)
-    if training.best is None or headline > training.best[0]:
-        training.best = (headline, learner.step)
-    training.folder.note(f"step {learner.step}: held-out accuracy {headline:.1f} % at noise level {sigma:g}")
+    found = headline_accuracy(by_sigma, sigma)
+    if training.best is None or found > training.best[0]:
+        training.best = (found, learner.step)
+    training.folder.note(f"step {learner.step}: held-out accuracy {found:.1f} % at noise level {sigma:g}")
 
 
 @torch.no_grad()
-def evaluate(training: Training, learner: Learner) -> list[dict[str, float]]:
-    """Accuracy in percent on the held-out pairs at each noise level; every process scores its share."""
+def evaluate(training: Training, learner: Learner) -> list[dict[str, Any]]:
+    """Accuracy in percent, with its 95 % interval, on the held-out pairs at each noise level; every process scores its share."""
     accelerator, config, scorer = training.accelerator, training.config, training.held_out
     world, size, levels = accelerator.num_processes, config.eval_batch_size, len(config.eval_sigmas)
     total = len(scorer.items)
@@ -187,14 +188,15 @@ def evaluate(training: Training, learner: Learner) -> list[dict[str, float]]:
         training.folder.reporter.progress("evaluate", min(i + size, len(mine)), len(mine))
     gathered = accelerator.gather(torch.cat(parts)).cpu()
     scores = gathered.reshape(world, -1, levels).transpose(0, 1).reshape(-1, levels)[:total].double().numpy()
+    found = [evaluation_accuracy(scorer, scores[:, j]) for j in range(levels)]
     return [
-        {"sigma": sigma, "accuracy": evaluation_accuracy(scorer, scores[:, j])}
-        for j, sigma in enumerate(config.eval_sigmas)
+        {"sigma": sigma, "accuracy": result.value, "ci95": list(result.ci95)}
+        for sigma, result in zip(config.eval_sigmas, found)
     ]
 
 
-def evaluation_accuracy(scorer: PairScorer, scores: np.ndarray) -> float:
-    """Strict accuracy in percent of item scores [N] on the scorer's pairs."""
+def evaluation_accuracy(scorer: PairScorer, scores: np.ndarray) -> Accuracy:
+    """Strict accuracy of item scores [N] on the scorer's pairs."""
     pairs = scorer.pairs
     table = Pairs(
         prompt=pairs.prompt,
@@ -203,25 +205,44 @@ def evaluation_accuracy(scorer: PairScorer, scores: np.ndarray) -> float:
         score_rejected=scores[scorer.right],
         chosen_first=pairs.data.pairs["chosen_first"].to_numpy(bool),
     )
-    return accuracy(table, "strict").value
+    return accuracy(table, "strict")
 
 
-def headline_accuracy(by_sigma: list[dict[str, float]], sigma: float) -> float:
-    """Accuracy at the asked noise level, or at the nearest one that was evaluated."""
-    return min(by_sigma, key=lambda row: abs(row["sigma"] - sigma))["accuracy"]
+def headline(by_sigma: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
+    """The row of the asked noise level, or of the nearest one that was evaluated."""
+    return min(by_sigma, key=lambda row: abs(row["sigma"] - sigma))
+
+
+def headline_accuracy(by_sigma: list[dict[str, Any]], sigma: float) -> float:
+    """Accuracy at the asked noise level."""
+    return headline(by_sigma, sigma)["accuracy"]
 
 
 def finish(training: Training, learner: Learner, train_pairs: int) -> dict[str, Any]:
-    """Evaluate, save the reward model and the summary."""
+    """Evaluate, save the reward model with its card, and the summary."""
     config, accelerator, folder = training.config, training.accelerator, training.folder
     with learner.averaged():
         by_sigma = evaluate(training, learner)
         tensors = learner.saved_tensors()
+        summary = summarise(training, by_sigma, train_pairs)
         if accelerator.is_main_process:
+            card = reward_card(asdict(learner.bare.config), config=to_dict(config), summary=summary)
             with atomic_folder(folder.folder / "reward") as part:
-                learner.bare.write(part, tensors)
+                learner.bare.write(part, tensors, card)
     training.record(learner.step, by_sigma)
-    summary = {
+    if accelerator.is_main_process:
+        with guarded(folder.folder):
+            training.evals.flush(learner.step)
+        summary = folder.finish(summary | {"seconds": round(time.monotonic() - folder.started, 2)})
+    accelerator.end_training()
+    return summary
+
+
+def summarise(training: Training, by_sigma: list[dict[str, Any]], train_pairs: int) -> dict[str, Any]:
+    """What summary.json says beside the command and the folder."""
+    config, accelerator, folder = training.config, training.accelerator, training.folder
+    found = headline(by_sigma, config.eval_sigma)
+    return {
         "reward": str(folder.folder / "reward"),
         "seed": config.seed,
         "device": str(accelerator.device),
@@ -231,15 +252,10 @@ def finish(training: Training, learner: Learner, train_pairs: int) -> dict[str, 
         "train_pairs": train_pairs,
         "eval_pairs": len(training.held_out.pairs),
         "eval_sigma": config.eval_sigma,
-        "eval_accuracy": headline_accuracy(by_sigma, config.eval_sigma),
+        "eval_accuracy": found["accuracy"],
+        "eval_ci95": found["ci95"],
         "eval_by_sigma": by_sigma,
     }
-    if accelerator.is_main_process:
-        with guarded(folder.folder):
-            training.evals.flush(learner.step)
-        summary = folder.finish(summary)
-    accelerator.end_training()
-    return summary
 
 
 # --- before the loop --------------------------------------------------------------------------------------------------

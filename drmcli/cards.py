@@ -197,7 +197,7 @@ def _data(items: list[str]) -> tuple[str, list[str]]:
 
 
 def _accuracy(summary: Mapping[str, Any]) -> str:
-    """Accuracy on held-out pairs by noise level, with its interval where the run has kept it."""
+    """Accuracy on held-out pairs by sigma, with its interval where the run has kept it."""
     rows = "".join(
         f"| {row['sigma']:g} | {row['accuracy']:.1f} % | {_span(row.get('ci95'), '.1f')} |\n"
         for row in summary["eval_by_sigma"]
@@ -205,7 +205,7 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
     return f"""
 Accuracy on {summary["eval_pairs"]:,} held-out pairs, with its 95 % interval over prompts (50 % is chance; equal scores count as wrong):
 
-| noise level | accuracy | 95 % interval |
+| sigma | accuracy | 95 % interval |
 |---|---|---|
 {rows}"""
 

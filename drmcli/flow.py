@@ -1,6 +1,6 @@
 """Rectified flow: noise in, noise out, and the stochastic steps whose log-probabilities reinforcement learning needs.
 
-x_s = (1 - s) x0 + s eps with the noise level s = sigma in [0, 1]; the model's velocity is v ~ eps - x0. A step goes from
+x_s = (1 - s) x0 + s eps with s = sigma in [0, 1]; the model's velocity is v ~ eps - x0. A step goes from
 sigma to sigma_next < sigma. All arithmetic is float32, whatever comes in.
 
 Every step rule has one signature and gives the mean and the standard deviation of the next state, so that candidates,
@@ -30,7 +30,7 @@ class Step:
 
 
 def schedule(num_inference_steps: int, shift: float = 3.0) -> Tensor:
-    """Noise levels [n + 1] of diffusers' FlowMatchEulerDiscreteScheduler for SD3, from 1 to 0, float32.
+    """Sigmas [n + 1] of diffusers' FlowMatchEulerDiscreteScheduler for SD3, from 1 to 0, float32.
 
     diffusers shifts twice at the small end: the grid runs linearly down to the already shifted level of 1/1000, and is
     then shifted as a whole, so the last level above 0 is 0.008929 at shift 3 whatever the number of steps.
@@ -51,7 +51,7 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Level) -> Tensor:
 
 
 def renoise(x: Tensor, sigma: float, higher: float, noise: Tensor) -> Tensor:
-    """A state at noise level `sigma` taken to a `higher` one by fresh noise: a x + b z, with a = (1 - s') / (1 - s), b^2 = s'^2 - a^2 s^2.
+    """A state at `sigma` taken to a `higher` one by fresh noise: a x + b z, with a = (1 - s') / (1 - s), b^2 = s'^2 - a^2 s^2.
 
     Raises ValueError unless sigma <= higher <= 1 and sigma < 1.
     """
@@ -112,7 +112,7 @@ def cps_step(
     """Coefficient-preserving step of FlowCPS (arXiv 2509.05952): a share of the noise is drawn anew.
 
     std = s' sin(a pi / 2), mean = (1 - s') x0_hat + s' cos(a pi / 2) eps_hat: whatever a in [0, 1] is, the next state has
-    exactly the noise level sigma_next that a reward model is told. a = 0 is the Euler step, a = 1 renews all noise.
+    exactly the sigma_next that a reward model is told. a = 0 is the Euler step, a = 1 renews all noise.
     """
     s_next = _level(sigma_next, x)
     angle = noise_level * math.pi / 2
@@ -204,7 +204,7 @@ def noise_after_step(
 def corrected(
     x_next: Tensor, rule: str, sigma: Level, sigma_next: Level, *, noise_level: float, sigma_max: Level = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """A candidate as a reward model should see it: rescaled to a state of the flow, and that state's noise level [B or 1].
+    """A candidate as a reward model should see it: rescaled to a state of the flow, and that state's sigma [B or 1].
 
     With A the share of x0 and N the total noise, x' / (A + N) is a state at sigma = N / (A + N). CPS needs no correction.
     """
@@ -214,6 +214,6 @@ def corrected(
 
 
 def _level(sigma: Level, like: Tensor) -> Tensor:
-    """A noise level as float32 [B or 1, 1, 1, 1] on the device of `like`."""
+    """A sigma as float32 [B or 1, 1, 1, 1] on the device of `like`."""
     s = torch.as_tensor(sigma, dtype=torch.float32, device=like.device).reshape(-1)
     return s.reshape(-1, *([1] * (like.ndim - 1)))

@@ -251,12 +251,12 @@ class Generator:
         return self.family.encode_images(self.pipe, pixels)
 
     def sigmas(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> Tensor:
-        """The pipeline's own noise levels [n + 1], falling, float32 on the CPU. size: H, W of the latents (None: the model's own)."""
+        """The pipeline's own sigmas [n + 1], falling, float32 on the CPU. size: H, W of the latents (None: the model's own)."""
         side = self.image_size // self.factor
         return self.family.sigmas(self.pipe, num_inference_steps, size or (side, side))
 
     def first_state(self, noise: Tensor, sigma: float) -> Tensor:
-        """Standard noise as the pipeline's first state, at its first noise level."""
+        """Standard noise as the pipeline's first state, at its first sigma."""
         factor = self.family.first_noise(self.pipe, sigma)
         return noise if factor == 1 else factor * noise
 
@@ -268,7 +268,7 @@ class Generator:
         negative: Conditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """v [B, C, H, W], float32, of latents at noise level sigma (one, or [B]).
+        """v [B, C, H, W], float32, of latents at sigma (one, or [B]).
 
         With `negative` (see `encode_negative`): the pipeline's own rule of guidance, both passes in one batch.
         """

@@ -13,7 +13,7 @@ COLORS = ("#2f5d8a", "#c8553d", "#6a994e", "#8e6c8a", "#bc8034")
 
 
 def accuracy_by_noise(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> None:
-    """Accuracy (%) against noise level; each curve is a list of {sigma, accuracy} and perhaps ci95 = [lo, hi]."""
+    """Accuracy (%) against sigma; each curve is a list of {sigma, accuracy} and perhaps ci95 = [lo, hi]."""
     figure = Figure(figsize=(6.4, 4.0), dpi=130, layout="constrained")
     axes = figure.subplots()
     for (name, rows), color in zip(curves.items(), COLORS):
@@ -25,7 +25,7 @@ def accuracy_by_noise(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any
                 x, [r["ci95"][0] for r in rows], [r["ci95"][1] for r in rows], color=color, alpha=0.15, lw=0
             )
     axes.axhline(50, color="0.6", lw=1, ls=":")
-    axes.set(xlabel="noise level sigma (0 clean, 1 pure noise)", ylabel="pair accuracy, %", title=title)
+    axes.set(xlabel="sigma (0 clean, 1 pure noise)", ylabel="pair accuracy, %", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.92")
     if len(curves) > 1:
@@ -49,7 +49,7 @@ def calibration_plot(path: Path, calibration: Mapping[str, Any], *, title: str) 
 
 
 def text_plot(rows: Sequence[Mapping[str, Any]], *, width: int = 40) -> str:
-    """The same for a terminal: a bar a noise level, from 50 % (chance) to 100 %."""
+    """The same for a terminal: a bar a sigma, from 50 % (chance) to 100 %."""
     lines = []
     for row in sorted(rows, key=lambda row: row["sigma"]):
         filled = round(max(0.0, min(1.0, (row["accuracy"] - 50) / 50)) * width)

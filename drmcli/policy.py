@@ -73,7 +73,7 @@ class Policy:
     # --- what it computes ---------------------------------------------------------------------------------------------
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: PromptEmbeds) -> Tensor:
-        """v [B, C, H, W], float32, of latents at a noise level (one, or [B]), guided where the policy is."""
+        """v [B, C, H, W], float32, of latents at a sigma (one, or [B]), guided where the policy is."""
         return self.generator.velocity(x, sigma, cond, self.negative, self.guidance_scale)
 
     @property

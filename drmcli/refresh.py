@@ -34,7 +34,7 @@ def continue_head(
 
     latents [P, K, C, H, W] are clean; cond has P rows; trusted [P, K] are the scores that say which of two is better (equal ones say
     nothing).
-    Every step takes some prompts, a noise level in [0, 1] each, and one noise for all samples of a prompt. The backbone stays as it is.
+    Every step takes some prompts, a sigma in [0, 1] each, and one noise for all samples of a prompt. The backbone stays as it is.
     """
     p, k = trusted.shape
     rng = torch.Generator().manual_seed(seed)

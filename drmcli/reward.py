@@ -1,7 +1,7 @@
 """The reward model of the paper: a diffusion model cut short, with a small head that scores noisy latents.
 
 DRM (arXiv 2605.25661, section 3): image tokens f_v of the last kept block; f_p = MLP(f_v) to a lower width; tokens back on
-their 2-D grid; s = MLP(Pool(Conv(f_p))). Trained at every noise level, it scores a latent at any step: R(x_t, t, c).
+their 2-D grid; s = MLP(Pool(Conv(f_p))). Trained at every sigma, it scores a latent at any step: R(x_t, t, c).
 
 Dimension letters: B latents, C channels, H and W latent height and width, L = (H/p)(W/p) image tokens of patch size p, D
 transformer width, F head width, T tapped blocks.
@@ -92,7 +92,7 @@ class CutDenoiser(nn.Module):
     def features(
         self, latents: Tensor, sigma: Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> list[Tensor]:
-        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at noise levels sigma [B].
+        """Image tokens [B, L, D] of each tapped block for latents [B, C, H, W] at sigma [B].
 
         states: gets what the last kept block returned, which `Generator.velocity_from` goes on from.
         """
@@ -114,7 +114,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     """
 
     picture_sigma = 0.25
-    """Noise level at which finished pictures are judged where nobody says another."""
+    """Sigma at which finished pictures are judged where nobody says another."""
     own_encoders = False
     """Does it come with text encoders of its own, which no generator has?"""
 
@@ -252,7 +252,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     def score(
         self, latents: Tensor, sigma: float | Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> Tensor:
-        """R(x_sigma, c): scores [B], float32, differentiable. latents [B, C, H, W] at noise level sigma (one, or [B]).
+        """R(x_sigma, c): scores [B], float32, differentiable. latents [B, C, H, W] at sigma (one, or [B]).
 
         states: see `features`.
         """
@@ -322,7 +322,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     ) -> Tensor:
         """Scores [B, len(sigmas)] of B pictures for B prompts. Each picture and each prompt is encoded once.
 
-        noise_samples: draws averaged at each noise level above 0 (DiNa-LRM calls it a noise ensemble).
+        noise_samples: draws averaged at each sigma above 0 (DiNa-LRM calls it a noise ensemble).
         """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images and {len(prompts)} prompts", hint="give a prompt an image")

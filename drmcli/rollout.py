@@ -38,7 +38,7 @@ class Plan:
     group_size: int = 8
     """k of step-grpo and tempflow, G of flow-grpo."""
     window: tuple[float, float] = (0.0, 1.0)
-    """Noise levels where steps are stochastic and trained; outside the ODE is used."""
+    """Sigmas where steps are stochastic and trained; outside the ODE is used."""
     follow: str = "random"
     """Which candidate the trajectory goes on from: random, best or mean (the state without noise)."""
     min_std: float = 0.0
@@ -87,7 +87,7 @@ class Rollouts:
 
 
 Score = Callable[[Tensor, float, Tensor], Tensor]
-"""Reward [B] of latents [B, C, H, W] at a noise level, for prompts by position [B]."""
+"""Reward [B] of latents [B, C, H, W] at a sigma, for prompts by position [B]."""
 
 
 @dataclass

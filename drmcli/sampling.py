@@ -1,13 +1,13 @@
 """Sampling with a scorer that judges noisy states: plain, best-of-N, step-wise search and its relatives.
 
-All modes are one loop over noise levels. Each picture has some trajectories; a step gives each of them some children, the
+All modes are one loop over sigmas. Each picture has some trajectories; a step gives each of them some children, the
 children are scored where they are, and some of them live on:
 
 - plain        one trajectory, one child a step, nothing is scored until the end
 - best-of-n    N starts, one child a step, the best end is kept
 - stepwise     one trajectory, k children a step, the best child is kept at every step (DRM, arXiv 2605.25661, section 5)
 - beam         N starts, of which the best b live on after the first cut; then k children each, of which the best b are kept
-- halving      N starts, one child a step, the worse half is dropped at chosen noise levels
+- halving      N starts, one child a step, the worse half is dropped at chosen sigmas
 - smc          N starts, resampled with weights exp(score / temperature) when their effective number is low
 
 The best end may be refined: noised again part of the way, sampled anew from there, and replaced where the new end scores better.
@@ -34,7 +34,7 @@ from drmcli.scorers.combine import COMBINE
 STOCHASTIC = ("stepwise", "beam", "smc")
 """Modes that need noise in their steps."""
 REFINE_BRANCH = (0.5, 1.0)
-"""Noise levels where a refinement with several children makes them: from 0.7 that is two steps of ten."""
+"""Sigmas where a refinement with several children makes them: from 0.7 that is two steps of ten."""
 
 
 @dataclass
@@ -56,18 +56,18 @@ class Search:
     keep: int = 2
     """b: trajectories that beam keeps."""
     first_cut: float | None = None
-    """Of beam: the noise level at which the starts are cut to those kept, and before which there are no children; None is at once."""
+    """Of beam: the sigma at which the starts are cut to those kept, and before which there are no children; None is at once."""
     share_first: bool = False
     """All starts share the first forward pass and differ by the noise of the first step: nothing is lost with CPS and a = 1, which
     draws all noise anew."""
     branch_sigmas: tuple[float, float] = (0.0, 1.0)
-    """Steps that start at a noise level within branch; the others make one child and score nothing."""
+    """Steps that start at a sigma within branch; the others make one child and score nothing."""
     branch_steps: tuple[int, int] | None = None
-    """The same by number, first and last step counted from 0; None is by noise level alone."""
+    """The same by number, first and last step counted from 0; None is by sigma alone."""
     score_at: str = "noisy"
     """noisy: candidates are scored at their own level. clean: their predicted clean latents are, for one velocity each."""
     correct_noise: bool = False
-    """Score what an SDE step leaves at the noise level that it really has."""
+    """Score what an SDE step leaves at the sigma that it really has."""
     halving_sigmas: tuple[float, ...] = (0.9, 0.75, 0.5)
     """Where halving drops the worse half."""
     temperature: float = 1.0
@@ -77,9 +77,9 @@ class Search:
     refine: int = 0
     """How often the best end is noised again and sampled anew; kept if better."""
     refine_sigma: float = 0.7
-    """To which noise level, or the schedule's nearest."""
+    """To which sigma, or the schedule's nearest."""
     refine_beams: int = 1
-    """Children a step while refining, at the noise levels `REFINE_BRANCH`."""
+    """Children a step while refining, at the sigmas `REFINE_BRANCH`."""
     combine: str = "sum"
     """How several scorers' opinions become one score; see `scorers.combine.COMBINE`."""
     pictures: bool = False
@@ -151,7 +151,7 @@ class Samples:
     latents: Tensor
     """[I, C, H, W] clean."""
     score: Tensor
-    """[I] of the reward at noise level 0; NaN without one."""
+    """[I] of the reward at sigma 0; NaN without one."""
     candidates: list[Candidates] = field(default_factory=list)
     calls: Calls = field(default_factory=Calls)
 
@@ -223,7 +223,7 @@ def sample(
 
 
 def _nearest(sigmas: Tensor, level: float) -> int:
-    """The step of a schedule that starts nearest to a noise level, neither at pure noise nor at the end."""
+    """The step of a schedule that starts nearest to a sigma, neither at pure noise nor at the end."""
     return min(range(1, len(sigmas) - 1), key=lambda i: abs(float(sigmas[i]) - level))
 
 
@@ -363,7 +363,7 @@ def draw_children(
 def _as_seen(
     search: Search, children: Tensor, step: int, sigmas: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The children [I, M, C, H, W] as a reward model should see them, and their noise level [1]."""
+    """The children [I, M, C, H, W] as a reward model should see them, and their sigma [1]."""
     level = torch.tensor([float(sigmas[step + 1])], device=device)
     if not search.correct_noise or search.rule() == "ode":
         return children, level

@@ -3,7 +3,7 @@
     pipe.scheduler = StepwiseScheduler.from_pipe(pipe, reward, prompt="...", beams=4, seed=0)
     pipe("...", generator=torch.Generator().manual_seed(0))
 
-The pipeline keeps its guidance, its ControlNet and everything else; only the step from one noise level to the next becomes a
+The pipeline keeps its guidance, its ControlNet and everything else; only the step from one sigma to the next becomes a
 choice among candidates (DRM, arXiv 2605.25661, section 5). For one seed the picture is that of `drm sample --stepwise`.
 
 Dimension letters as in `sampling`: I pictures, K candidates.
@@ -93,7 +93,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True, **_: Any
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """From `sample` [I, C, H, W] with the velocity `model_output` to the kept candidate at the next noise level.
+        """From `sample` [I, C, H, W] with the velocity `model_output` to the kept candidate at the next sigma.
 
         The state is kept in float32 between steps, whatever the pipeline's dtype.
         """

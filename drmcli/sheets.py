@@ -102,8 +102,8 @@ def sheet(blocks: Sequence[Block], *, title: str = "", columns: int | None = Non
     for number, block in enumerate(blocks):
         left = 2 * GAP + number % columns * (width + 2 * GAP)
         top = start + number // columns * (high + 2 * GAP)
-        for i, text in enumerate(titles[number]):
-            _write(pen, (left, top + i * line), text, size, INK)
+        for i, text in enumerate(reversed(titles[number])):  # next to the pictures, where others have more lines
+            _write(pen, (left, top + head - 3 - (i + 1) * line), text, size, INK)
         for i, (tile, strip) in enumerate(zip(block.tiles, strips[number])):
             x, y = left + i * (side + GAP), top + head
             made.paste(fitted(tile.picture, side), (x, y))

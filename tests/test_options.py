@@ -164,3 +164,45 @@ def test_the_shell_completes_a_line() -> None:
 def test_numbers_name_their_flag() -> None:
     with pytest.raises(InputError, match="--window a: not numbers"):
         options.numbers(["a"], "--window", float)
+
+
+@pytest.mark.parametrize("command", configs.COMMANDS)
+def test_help_lines_are_whole(command: str, monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    """No line of a help page is cut short."""
+    monkeypatch.setenv("COLUMNS", "100")
+    words = command.split("-") if command.startswith("data-") else [command]
+    cut = [line for line in drm(*words, "--help").out.splitlines() if " ..." in line and "N,N" not in line]
+    assert cut == []
+
+
+SCORER_FLAGS = {
+    "sample": "--reward", "score": "--reward", "bench": "--reward --scorer --against", "grpo": "--reward --judge --add-reward",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command, flag", [(c, f) for c, flags in SCORER_FLAGS.items() for f in flags.split()])
+def test_a_scorer_is_named_alike_everywhere(
+    command: str, flag: str, tmp_path, monkeypatch: pytest.MonkeyPatch, drm
+) -> None:
+    """Every kind of name passes what is checked before anything is loaded, and a wrong one is told with its flag."""
+    from drmcli.cli import inputs
+
+    (tmp_path / "lr=0.5").mkdir()
+    monkeypatch.chdir(tmp_path)
+    key = {"--scorer": "scorers", "--add-reward": "add_rewards"}.get(flag, flag[2:])
+    for ref in ("pickscore", "pickscore=.", "dina-lrm", "mine:score", "http://host:1", "owner/name", "lr=0.5"):
+        value = [ref] if key.endswith("s") and key != "against" else ref
+        inputs.check(command, configs.resolve(command, flags={key: value}))
+    argv = [command, *(["x"] if command == "sample" else ["a.png", "--prompt", "x"] if command == "score" else [])]
+    (tmp_path / "a.png").touch()
+    result = drm(*argv, flag, "pikscore")
+    assert result.code == 2 and result.err.startswith(f"error: {flag} pikscore: there is no such scorer")
+    assert "did you mean pickscore" in result.err
+
+
+@pytest.mark.parametrize("command", [["sample", "x"], ["grpo"]], ids=["sample", "grpo"])
+def test_rewards_are_repeated(command: list[str], monkeypatch: pytest.MonkeyPatch, drm) -> None:
+    found = resolved(
+        monkeypatch, drm, *command, "--reward", "clip=2", "--reward", "pickscore=0.5", "--add-reward", "shapes"
+    )
+    assert (found["reward"], found["add_rewards"]) == ("clip=2", ["pickscore=0.5", "shapes"])

@@ -47,7 +47,7 @@ class StateReward:
         self.reward_calls = 0
 
     def __call__(self, x: Tensor, sigma: float, prompts: Prompts, owner: Tensor) -> Tensor:
-        """Rewards [B] of states [B, C, H, W] at a noise level; `owner` [B] says whose."""
+        """Rewards [B] of states [B, C, H, W] at a sigma; `owner` [B] says whose."""
         cond, policy, clean = prompts.cond[owner], self.policy, x
         self.reward_calls += len(x)
         if sigma > 0 and (self.rewards.needs_pictures or self.predicted):
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass
 class Scored:
-    """Rewards of one step or noise level for the tables, each [P, K]."""
+    """Rewards of one step or sigma for the tables, each [P, K]."""
 
     step: int
     sigma: float

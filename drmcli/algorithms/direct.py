@@ -102,7 +102,7 @@ class Direct:
     def _sample(
         self, drawn: DrawnStarts, x: Tensor, cond: PromptEmbeds
     ) -> tuple[Tensor, list[tuple[Tensor, float, Tensor]]]:
-        """Clean latents [B, C, H, W], and (state, noise level, velocity) of the steps that carry a gradient."""
+        """Clean latents [B, C, H, W], and (state, sigma, velocity) of the steps that carry a gradient."""
         sigmas, states = self.sigmas.tolist(), []
         for i in range(len(sigmas) - 1):
             with torch.set_grad_enabled(i >= drawn.stop), self.autocast():

@@ -7,7 +7,7 @@ it keeps
 the share min(rate i, limit) of itself.
 
 - terminal    a sample's reward is that of its clean latents, as published
-- step-wise   a sample has a reward at each noise level where it is learned from: that of the noised state, all samples of a prompt under
+- step-wise   a sample has a reward at each sigma where it is learned from: that of the noised state, all samples of a prompt under
 the same
               noise, compared with each other at that level. This needs a reward model of noisy states and 1 reward call a state more.
 """
@@ -39,13 +39,13 @@ class DrawnSamples(Drawn):
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[P, K, C, H, W] that they are noised with."""
     levels: list[tuple[int, float]] = field(default_factory=list)
-    """(step, noise level) of each training level."""
+    """(step, sigma) of each training level."""
     advantages: list[Tensor] = field(default_factory=list)
     """[P, K] at each training level."""
 
 
 def training_steps(sigmas: Tensor, window: tuple[float, float], *, stepwise: bool) -> list[int]:
-    """Steps of a schedule whose noise levels nft may learn from: those within the window, but the clean one.
+    """Steps of a schedule whose sigmas nft may learn from: those within the window, but the clean one.
 
     Step-wise rewards leave out pure noise as well: there all samples of a prompt are one state. Raises InputError where none is left.
     """
@@ -55,12 +55,12 @@ def training_steps(sigmas: Tensor, window: tuple[float, float], *, stepwise: boo
         if s > 0 and window[0] <= s <= window[1] + 1e-6 and (s < 1 or not stepwise)
     ]
     if not found:
-        raise InputError(f"--set window: {list(window)} holds none of the noise levels", hint="widen the window")
+        raise InputError(f"--set window: {list(window)} holds none of the sigmas", hint="widen the window")
     return found
 
 
 class Nft:
-    """See the module. levels: noise levels that each sample is learned from, drawn anew each update from the steps within `window`."""
+    """See the module. levels: sigmas that each sample is learned from, drawn anew each update from the steps within `window`."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from drmcli.cli import options as o
     **{"Benchmark of a generator": "lora prompts num_images steps guidance_scale images detector"},
 )
 def bench(**options: Any) -> None:
-    """Measure a reward model's preference accuracy, at every noise level and in every counting convention; or what a generator draws.
+    """Measure the preference accuracy of scorers, at every sigma and by every protocol of counting; or what a generator draws.
 
     [bold]Examples[/]
 

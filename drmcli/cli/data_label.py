@@ -16,7 +16,7 @@ def label(
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine).")] = None,
     active: Annotated[
         str | None,
-        typer.Option(metavar="REWARD", help="Ask first where this reward model or scorer is least sure."),
+        typer.Option(metavar="SCORER", help="Ask first where this scorer is least sure."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Pairs to ask of each labeller (default: all).")] = None,
     seed: o.Seed = None,

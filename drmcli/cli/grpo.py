@@ -9,8 +9,7 @@ from drmcli.cli import options as o
 
 @o.command(
     "grpo",
-    "algorithm prompts add_rewards judge updates group_size lr train kl_beta on_hacking steps"
-    " guidance_scale step_rule noise_level",
+    "algorithm prompts judge updates group_size lr train kl_beta on_hacking steps guidance_scale step_rule noise_level",
 )
 def grpo(**options: Any) -> None:
     """Align a generator with a reward model: Step-wise GRPO, its baselines, and an alarm against reward hacking.

@@ -5,14 +5,13 @@ What needs the libraries (is it a picture, does the model fit) is looked at by t
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 from drmcli.config import local_or_hub, package_path
 from drmcli.errors import DrmError, InputError, MissingError
 
-SCORERS = {"reward": "--reward", "against": "--against", "judge": "--judge"}
+SCORERS = {"reward": "--reward", "refresh_by": "--refresh-by", "against": "--against", "judge": "--judge"}
 """Config keys that name one scorer."""
 LISTS = {"scorers": "--scorer", "add_rewards": "--add-reward"}
 """Config keys that name several, the second with weights."""
@@ -25,12 +24,13 @@ def check(command: str, config: Any) -> None:
     generator = getattr(config, "generator", "")
     if generator or command in ("train-reward", "grpo", "sample"):
         local_or_hub(generator, "--generator")
+    weighed = hasattr(config, "add_rewards")  # there `--reward` is repeated, with weights
     for key, flag in SCORERS.items():
         if (ref := getattr(config, key, None)) and ref != "none":
-            _scorer(ref, flag)
+            _scorer(ref, flag, weighed=weighed and key == "reward")
     for key, flag in LISTS.items():
         for item in getattr(config, key, []):
-            _scorer(_weighed(item, flag) if key == "add_rewards" else item, flag)
+            _scorer(item, flag, weighed=key == "add_rewards")
     if lora := getattr(config, "lora", None):
         _path(lora, "--lora")
     {"score": _score, "bench": _bench, "train-reward": _train, "grpo": _grpo}.get(command, lambda config: None)(config)
@@ -86,21 +86,10 @@ def _data(name: str, data_dir: str | None, flag: str) -> None:
             raise
 
 
-def _scorer(ref: str, flag: str) -> None:
-    from drmcli.scorers import read_reference
+def _scorer(ref: str, flag: str, *, weighed: bool) -> None:
+    from drmcli.scorers import parse_term, read_reference
 
-    read_reference(ref, flag)
-
-
-def _weighed(item: str, flag: str) -> str:
-    """REF of REF=WEIGHT. Raises InputError for a weight that is not finite."""
-    ref, mark, weight = item.rpartition("=")
-    value = _number(weight) if mark else None
-    if value is None:
-        return item
-    if not math.isfinite(value):
-        raise InputError(f"{flag} {item}: the weight {weight} is not finite", hint=f"for example {flag} {ref}=0.5")
-    return ref
+    read_reference(parse_term(ref, flag)[0] if weighed else ref, flag)
 
 
 def _number(text: str) -> float | None:

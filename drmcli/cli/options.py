@@ -26,55 +26,27 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any config key; may be repeated.", rich_help_panel=RUN),
 ]
-GeneratorRef = Annotated[
-    str | None,
-    typer.Option("--generator", metavar="REF", help="Text-to-image pipeline: folder or hub id.", rich_help_panel=MODEL),
-]
-RewardRef = Annotated[
-    str | None,
-    typer.Option(
-        "--reward",
-        metavar="REF",
-        help="Scorer: a reward model's folder or hub id, a name (pickscore, ...), NAME=FOLDER or module:function.",
-        rich_help_panel=MODEL,
-    ),
-]
-Out = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Run folder (default: runs/COMMAND-TIME).", rich_help_panel=RUN)
-]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random (default: 0).", rich_help_panel=RUN)]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1 or cpu.", rich_help_panel=MODEL)]
 Dtype = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=MODEL)]
-Attention = Annotated[str | None, typer.Option(help="sdpa or xformers.", rich_help_panel=MODEL)]
-Resolution = Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=MODEL)]
 DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder with a published dataset in its own layout.")]
-CacheDir = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Cache of encoded images and prompts.", rich_help_panel=RUN)
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the config and the plan; write nothing.", rich_help_panel=RUN)
 ]
-Resume = Annotated[
-    bool | None,
-    typer.Option("--resume/--no-resume", help="Go on with an unfinished run (default).", rich_help_panel=RUN),
-]
-Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Empty the run folder first.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only the run folder's path on stdout.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=True, rich_help_panel=OUTPUT)]
 HelpAll = Annotated[bool, typer.Option("--help-all", help="Show every option there is.", rich_help_panel=OUTPUT)]
-MaxBad = Annotated[
-    float | None, typer.Option(help="Percent of unreadable images above which the run stops (default: 1).")
-]
 AllowOutside = Annotated[
     bool | None, typer.Option("--allow-outside", help="Let a data file name images outside its folder.")
 ]
 
 METAVARS = {
     "label": "SCORER=WEIGHT|people", "only": "PART", "eval_prompts": "FILE",
-    "generator": "REF", "reward": "REF", "against": "REF", "detector": "REF", "color_model": "REF", "judge": "REF|none",
-    "scorers": "REF", "add_rewards": "REF=WEIGHT", "lora": "REF", "out": "DIR", "data_dir": "DIR", "cache_dir": "DIR",
-    "images": "DIR", "dataset": "NAME|PATH", "data": "NAME|PATH", "eval_data": "NAME|PATH", "prompts": "FILE", "preset": "NAME",
+    "generator": "REF", "reward": "SCORER", "against": "SCORER", "detector": "REF", "color_model": "REF", "judge": "SCORER|none",
+    "scorers": "SCORER", "add_rewards": "SCORER=WEIGHT", "refresh_by": "SCORER", "lora": "REF", "out": "DIR",
+    "data_dir": "DIR", "cache_dir": "DIR", "images": "DIR",
+    "dataset": "NAME|PATH", "data": "NAME|PATH", "eval_data": "NAME|PATH", "prompts": "FILE", "preset": "NAME",
     "tune": "FILE", "methods": "FILE", "branch_sigmas": "LO,HI", "window": "LO,HI", "branch_steps": "FIRST,LAST",
     "to": "FOLDER", "push": "OWNER/NAME", "base": "OWNER/NAME",
 }  # fmt: skip
@@ -123,6 +95,9 @@ class Command:
             for key, f in fields_of(self.name).items():
                 if f.many and f.kind in (int, float) and given.get(key) is not None:
                     given[key] = numbers(given[key], self.flags(f)[0], f.kind)
+            if self.repeats_reward and isinstance(given["reward"], list):
+                given["reward"], *more = given["reward"]
+                given["add_rewards"] = [*more, *(given["add_rewards"] or [])] or None
             self.function(**given)
 
         run.__doc__, run.__name__ = self.function.__doc__, self.function.__name__
@@ -130,11 +105,16 @@ class Command:
         run.__annotations__ = {p.name: p.annotation for p in params}
         return run
 
+    @property
+    def repeats_reward(self) -> bool:
+        """May `--reward` be given several times, with weights? The first is the config's reward, the others are added to it."""
+        return "add_rewards" in fields_of(self.name)
+
     def flags(self, f: ConfigField) -> list[str]:
         """Names on the command line: of a list that is filled by repeating, one of it too."""
         names = [singular().get((self.name, f.name), f.name), f.name]
-        if f.name == "sigmas":
-            names.append("sigma")
+        if f.name == "sigmas":  # the same in every command
+            names = ["sigmas", "sigma"]
         return ["--" + name.replace("_", "-") for name in dict.fromkeys(names)]
 
     def _option(self, f: ConfigField, panel: str, *, hidden: bool, long: bool) -> inspect.Parameter:
@@ -143,6 +123,9 @@ class Command:
         metavar = (METAVARS.get(f.name) if f.kind is str or many_numbers else None) or (
             "N,N,..." if many_numbers else None
         )
+        repeated = f.name == "reward" and self.repeats_reward
+        if repeated:
+            metavar = "SCORER[=WEIGHT]"
         if f.kind is bool:
             metavar = None
             flags = [f"{flags[0]}/--no-{flags[0][2:]}"] if f.default else flags
@@ -151,7 +134,7 @@ class Command:
             *flags, help=f.long if long else f.short, metavar=metavar, hidden=hidden, rich_help_panel=panel, show_default=False,
             autocompletion=completion(f),
         )  # fmt: skip
-        annotation: Any = Annotated[Optional[list[kind] if f.many else kind], info]  # type: ignore[valid-type]  # noqa: UP045
+        annotation: Any = Annotated[Optional[list[kind] if f.many or repeated else kind], info]  # type: ignore[valid-type]  # noqa: UP045
         return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -181,7 +164,7 @@ def completion(f: ConfigField) -> Callable[[str], list[str]] | None:
     """What the shell offers for a value."""
     known: dict[str, Callable[[], list[str]]] = {
         "preset": presets, "dataset": datasets, "data": datasets, "eval_data": datasets, "scorers": scorers, "against": scorers,
-        "judge": scorers, "add_rewards": scorers, "reward": lambda: scorers() + run_folders("*/reward"),
+        "judge": scorers, "add_rewards": scorers, "reward": rewards,
         "lora": lambda: run_folders("*/lora"), "out": lambda: run_folders("*"),
     }  # fmt: skip
     values = known.get(f.name) or ((lambda: list(f.choices)) if f.choices else None)
@@ -207,6 +190,11 @@ def scorers() -> list[str]:
     from drmcli.scorers import NAMES
 
     return list(NAMES)
+
+
+def rewards() -> list[str]:
+    """Names of scorers, and reward models under runs/."""
+    return scorers() + run_folders("*/reward")
 
 
 def run_folders(pattern: str) -> list[str]:

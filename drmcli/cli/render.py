@@ -80,7 +80,7 @@ def gib(size: float) -> str:
 
 def train_reward(s: dict[str, Any]) -> None:
     console = stdout()
-    made = table(f"reward model after {s['steps']} steps, {s['eval_pairs']} held-out pairs", "noise level", "accuracy")
+    made = table(f"reward model after {s['steps']} steps, {s['eval_pairs']} held-out pairs", "sigma", "accuracy")
     for row in s["eval_by_sigma"]:
         mark = " *" if row["sigma"] == s["eval_sigma"] else ""
         made.add_row(f"{row['sigma']:g}{mark}", f"{row['accuracy']:.1f} %")
@@ -159,7 +159,7 @@ def bench(s: dict[str, Any]) -> None:
             cells = [f"{row[n]['accuracy']:.2f} % ({span(row[n]['ci95'], '.1f')})" for n in names]
             made.add_row(spoken(row["scorer"]), *cells)
         console.print(made)
-        console.print(f"every convention, breakdown and picture is in the folders of {s['run']}")
+        console.print(f"every protocol, breakdown and picture is in the folders of {s['run']}")
         return None
     if "tasks" in s:
         return geneval(s)
@@ -167,7 +167,7 @@ def bench(s: dict[str, Any]) -> None:
         return generator(s)
     console = stdout()
     made = table(
-        f"{s['dataset']} {s['split']}: {s['accuracy']:.2f} % at noise level {s['sigma']:g}",
+        f"{s['dataset']} {s['split']}: {s['accuracy']:.2f} % at sigma {s['sigma']:g}",
         "protocol",
         "accuracy",
         "95 % interval",
@@ -217,7 +217,7 @@ def bench(s: dict[str, Any]) -> None:
             made.add_row(row["model"], f"{row['accuracy']:.1f} %", same, row["source"])
         console.print(made)
     if len(s["by_sigma"]) > 1:
-        console.print("\naccuracy by noise level, from chance (50 %) to 100 %")
+        console.print("\naccuracy by sigma, from chance (50 %) to 100 %")
         console.print(text_plot(s["by_sigma"]))
     console.print(
         f"\n{s['seconds']:.0f} s on {s['device']}; tables: {s['run']}{pictures(s['run'], 'accuracy_by_noise', 'calibration')}"
@@ -278,7 +278,8 @@ def sample(s: dict[str, Any]) -> None:
     spread = "" if s["mean_spread"] is None else f", mean spread of a step's candidates {s['mean_spread']:.3f}"
     memory = "" if s["peak_memory_gib"] is None else f", peak memory {s['peak_memory_gib']:.1f} GiB"
     console.print(
-        f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['cost']:g} generator-equivalents a picture{spread}"
+        f"{s['cost']:.3g} forward passes a picture; {s['generator_calls']} calls of the generator,"
+        f" {s['reward_calls']} of what chooses{spread}"
     )
     console.print(
         f"{s['images_per_second']:g} pictures/s, {s['seconds']:.0f} s on {s['device']}{memory}; grid: {s['grid']}",
@@ -305,7 +306,8 @@ def grpo(s: dict[str, Any]) -> None:
     if s["stopped"]:
         console.print(f"stopped: {s['stopped']}")
     console.print(
-        f"{s['generator_calls']} generator calls, {s['reward_calls']} reward calls, {s['train_seconds']:.0f} s of training on {s['device']}"
+        f"{s['generator_calls']} calls of the generator, {s['reward_calls']} of the rewards;"
+        f" {s['train_seconds']:.0f} s of training on {s['device']}"
     )
     console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})")
     console.print(f"in {s['run']}{pictures(s['run'], 'before_after', 'curve')}")
@@ -313,7 +315,7 @@ def grpo(s: dict[str, Any]) -> None:
 
 def demo(s: dict[str, Any]) -> None:
     console = stdout()
-    made = table("the same budget, two starts: accuracy on held-out pairs", "noise level", "pre-trained", "random")
+    made = table("the same budget, two starts: accuracy on held-out pairs", "sigma", "pre-trained", "random")
     for a, b in zip(s["pretrained"]["eval_by_sigma"], s["random"]["eval_by_sigma"]):
         made.add_row(f"{a['sigma']:g}", f"{a['accuracy']:.1f} %", f"{b['accuracy']:.1f} %")
     console.print(made)

@@ -28,15 +28,6 @@ def sample(
         bool,
         typer.Option("--stepwise", help="Keep the best of --beams candidates a step.", rich_help_panel="Search"),
     ] = False,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--reward",
-            metavar="SCORER[=WEIGHT]",
-            help="What chooses: any scorer, or none; repeatable.",
-            rich_help_panel=o.MODEL,
-        ),
-    ] = None,
     **options: Any,
 ) -> None:
     """Draw pictures; with --stepwise the reward model steers every step.
@@ -52,8 +43,6 @@ def sample(
     from drmcli.errors import InputError
 
     options["prompts"] = _prompts(prompts, prompts_file)
-    options["reward"], more = (reward[0], reward[1:]) if reward else (None, [])
-    options["add_rewards"] = [*more, *(options["add_rewards"] or [])] or None
     if options["prompts"] is None and not any(options[k] for k in ("preset", "generator", "config", "sets")):
         options["prompts"] = [EXAMPLE]
     for key, flag in (("branch_sigmas", "--branch-sigmas"), ("branch_steps", "--branch-steps")):

@@ -30,21 +30,22 @@ class Grpo(Common, Drawing):
     """`drm grpo`."""
 
     reward: str = ""
-    """Reward model: a folder or a hub id. Empty: the preset's."""
+    """The scorer that rewards; a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER, `module:function` or a
+    server's URL. Empty: the preset's."""
     add_rewards: list[str] = Field(default_factory=list)
-    """More rewards, REF=WEIGHT: reward models, scorers of pictures (clip, pickscore, ...) or callables `module:function`."""
+    """More scorers that reward, SCORER=WEIGHT; as a repeated --reward gives them."""
     score_at: Literal["noisy", "clean"] = "noisy"
     """Reward candidates where they are, or by the clean latents that the policy predicts from them."""
     reward_draws: Annotated[int, Field(gt=0, le=10_000)] = 1
-    """Draws of a noise ensemble, each a little above the state's own noise level; 1 is the state itself."""
+    """Draws of a noise ensemble, each a little above the state's own sigma; 1 is the state itself."""
     spread_penalty: Rate = 0.0
     """This many standard deviations over reward models and draws are taken off: against reward hacking."""
     reward_ceiling: Finite | None = None
     """Rewards above are cut to it; None is no limit."""
     judge: str = "none"
-    """Independent yardstick: a scorer (shapes is the embedded world's judge), a second reward model, or none."""
+    """Independent scorer that watches, or none; shapes is the embedded world's own."""
     prompts: str = "shapes"
-    """Prompts to learn from: shapes, or a text file with a prompt a line, of which a tenth each is held out for val and test."""
+    """Prompts to learn from, shapes or a file; of which a tenth each is held out for val and test."""
     algorithm: Literal["step-grpo", "tempflow", "flow-grpo", "nft", "nft-step", "direct"] = "step-grpo"
     """step-grpo scores candidates where they are; tempflow finishes them by the ODE; flow-grpo scores whole trajectories. nft learns
     from noised
@@ -59,17 +60,17 @@ class Grpo(Common, Drawing):
     prompts_per_update: Count = 16
     """Prompts an update, over all processes."""
     group_size: Annotated[int, Field(ge=2, le=10_000)] = 6
-    """Candidates of a state, or trajectories or samples of a prompt (k and G)."""
+    """Candidates that are compared; of a state, or trajectories or samples of a prompt (k and G)."""
     steps: SamplingSteps = 10
-    """Steps of a rollout and of an evaluation's plain sampling."""
+    """Steps of a rollout; and of an evaluation's plain sampling."""
     guidance_scale: Guidance = 1.0
     """Guidance in rollouts and evaluation; 1 is without."""
     step_rule: Literal["flow-sde", "dance-sde", "cps"] = "cps"
     """Stochastic step."""
     noise_level: Annotated[float, Field(gt=0, le=2)] = 0.7
-    """Its noise: a of flow-sde and cps, eta of dance-sde."""
+    """Noise that a step adds; a of flow-sde and cps, eta of dance-sde."""
     window: list[Sigma] = Field(default_factory=lambda: [0.3, 1.0], min_length=2, max_length=2)
-    """Noise levels where steps are stochastic and trained; the ODE elsewhere."""
+    """Lowest and highest sigma whose steps are stochastic and trained; the ODE elsewhere."""
     follow: Literal["random", "best", "mean"] = "random"
     """The candidate that a trajectory goes on from; mean is the state without noise."""
     log_prob: Literal["gaussian", "no-const", "guard"] = "gaussian"
@@ -85,7 +86,7 @@ class Grpo(Common, Drawing):
     noise_weight: bool = True
     """Weigh each step by its noise, as TempFlow-GRPO does: late steps, whose ratios are steepest, count less."""
     kl_beta: Rate = 0.0
-    """Weight of the KL to the reference, which is the generator without its LoRA. Of nft and direct it is the squared difference of
+    """Weight of the KL to the generator as it was; of nft and direct it is the squared difference of
     velocities."""
     kl_form: Literal["exact", "no-dt", "mse"] = "exact"
     """Form of that KL."""
@@ -104,7 +105,7 @@ class Grpo(Common, Drawing):
     refresh_lr: Rate = 3e-4
     """Their learning rate."""
     nft_levels: Annotated[int, Field(gt=0, le=10_000)] = 4
-    """Noise levels within the window that nft learns from at each sample, drawn anew each update."""
+    """Sigmas within the window that nft learns from at each sample, drawn anew each update."""
     nft_beta: Above = 1.0
     """How far nft's positive and negative velocities lie from the old policy's: beta of DiffusionNFT."""
     old_decay: Share = 0.5

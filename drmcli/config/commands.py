@@ -28,6 +28,7 @@ SINGULAR = {
     ("grpo", "add_rewards"): "add_reward",
     ("sample", "add_rewards"): "add_reward",
     ("score", "prompts"): "prompt",
+    ("score", "sigmas"): "sigma",
     ("serve", "scorers"): "scorer",
 }
 """Flags that are repeated to fill a list, and so are named for one of it."""

@@ -25,7 +25,7 @@ class DataMake(Common, Drawing):
     step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] = "ode"
     """How pictures are drawn: ode, or one of the stochastic steps that search takes."""
     noise_level: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """Noise of a stochastic step rule."""
+    """Noise that a stochastic step adds."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Classifier-free guidance; None is the preset's for sampling."""
     lora: str | None = None
@@ -33,17 +33,17 @@ class DataMake(Common, Drawing):
     batch_size: Positive | None = None
     """Pictures drawn and scored at once; None is the preset's for sampling."""
     label: list[str] = Field(default_factory=list)
-    """What judges: scorers, REF=WEIGHT, each brought to its own spread and then summed; people; or none."""
+    """What judges: scorers, people or none; SCORER=WEIGHT, each brought to its own spread and then summed."""
     sigma: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Noise level at which a reward model judges the pictures."""
+    """Sigma at which a reward model judges the pictures."""
     labels: Literal["soft", "drawn", "hard"] = "soft"
     """soft: the probability that one picture is better; drawn: one vote of that probability, as a person's; hard: the order alone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Score gap, in spreads of a prompt's pictures, at which the better one is preferred by 73 to 27."""
+    """Score gap that decides by 73 to 27; in spreads of a prompt's pictures."""
     tie_gap: Rate = 0.0
-    """Score gap, in the same spreads, under which a pair is a tie."""
+    """Score gap under which a pair is a tie; in the same spreads."""
     weight_by_gap: bool = False
-    """Let a pair count by how decided it is, |2p - 1|, on average 1; else each counts 1."""
+    """Let a pair count by how decided it is; |2p - 1|, on average 1. Else each counts 1."""
 
 
 @dataclass(config=strict, kw_only=True)

@@ -20,7 +20,7 @@ class Reproduce(Common):
     only: list[Part] = Field(default_factory=lambda: list(PARTS), min_length=1)
     """Parts to run."""
     data_dir: str | None = None
-    """Folder with a folder for each dataset that is named like it, in its published layout."""
+    """Folder with a folder for each dataset; named like it, in its published layout."""
     datasets: list[str] = Field(default_factory=lambda: ["imagereward", "hpdv2", "pickapic", "hpdv3"])
     """Test sets of preferences."""
     sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9])

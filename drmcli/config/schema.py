@@ -36,7 +36,7 @@ class Common:
     """What every command that runs models takes."""
 
     preset: str = "tiny"
-    """Preset that was asked for; `drm config list` names them."""
+    """A named set of settings; `drm config list` has them."""
     out: str | None = None
     """Run folder; None is runs/<command>-<time>."""
     seed: Seed = 0
@@ -60,7 +60,7 @@ class Drawing:
     """The pipeline of the commands that need one."""
 
     generator: str = ""
-    """Text-to-image pipeline: a folder in Hugging Face layout or a hub id. Empty: the preset's."""
+    """Text-to-image pipeline, by folder or hub id; in Hugging Face layout. Empty: the preset's."""
     revision: str | None = None
     """Revision of a generator on the hub; None is its main branch."""
     max_sequence_length: Annotated[int, Field(ge=0, le=4096)] = 256
@@ -76,13 +76,13 @@ class Data:
     cache_dir: str | None = None
     """Cache of encoded images and prompts; None is $DRM_CACHE or ~/.cache/drmcli."""
     data_dir: str | None = None
-    """Folder that holds a published dataset in its published layout."""
+    """Folder of a published dataset; in its published layout."""
     shapes_prompts: Count = 1200
     """Captions of the procedural dataset `shapes`, four pictures each."""
     shapes_generated: Share = 0.1
     """Share of these captions whose pictures are the generator's own samples."""
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Percent of damaged or missing images above which the run stops."""
+    """Percent of bad pictures and rows that a run accepts; above it stops."""
     encode_batch_size: Count = 64
     """Images that go through the VAE, and prompts through the text encoders, at once."""
     no_cache: bool = False
@@ -104,7 +104,7 @@ class TrainReward(Common, Drawing, Data):
     eval_data: list[str] = Field(default_factory=list)
     """Held-out datasets or files; empty: the test part of `shapes`, else prompts held out of the data."""
     init: str = "pretrained"
-    """What to start from: pretrained, the generator's transformer; random, the same without its weights; or a saved reward model."""
+    """Start: pretrained, random or a saved reward model; pretrained is the generator's transformer, random the same without its weights."""
     backbone: Literal["full", "lora", "frozen", "head"] = "full"
     """What of the backbone is trained; head (or frozen) trains the head alone."""
     lora_rank: Width = 64
@@ -112,7 +112,7 @@ class TrainReward(Common, Drawing, Data):
     lora_alpha: Width = 128
     """Scale of the backbone's LoRA, alpha / rank."""
     drop_layers: Layer = 3
-    """Transformer blocks cut off at the end (3 of 24 in the paper)."""
+    """Transformer blocks cut off at the end; 3 of 24 in the paper."""
     tap_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     """Blocks whose image tokens the head reads, counted from 0; None is the last kept one."""
     head_width: Width = 512
@@ -126,11 +126,11 @@ class TrainReward(Common, Drawing, Data):
     shared_noise: bool = True
     """The images of a prompt share their noise; False draws it for each."""
     sigma_density: Literal["uniform", "logit-normal", "fixed"] = "uniform"
-    """How noise levels are drawn; fixed is always sigma_max."""
+    """How sigmas are drawn; fixed is always sigma_max."""
     sigma_min: Sigma = 0.0
-    """Lower end of the noise levels."""
+    """Lower end of the sigmas."""
     sigma_max: Sigma = 1.0
-    """Upper end of the noise levels."""
+    """Upper end of the sigmas."""
     logit_mean: Finite = 0.0
     """Mean of the logit-normal density."""
     logit_std: Above = 1.0
@@ -138,7 +138,7 @@ class TrainReward(Common, Drawing, Data):
     steps: Many = 1000
     """Optimizer steps."""
     batch_size: Count = 128
-    """Pairs an optimizer step, over all processes and accumulation."""
+    """Pairs an optimizer step; over all processes and accumulation."""
     micro_batch_size: Count | None = None
     """Pairs a forward pass of one process; None is as many as the batch gives it."""
     lr: Rate = 1e-5
@@ -164,9 +164,9 @@ class TrainReward(Common, Drawing, Data):
     eval_pairs: Many = 1000
     """Held-out pairs that are evaluated."""
     eval_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1, max_length=1000)
-    """Noise levels of the evaluation."""
+    """Sigmas of the evaluation."""
     eval_sigma: Sigma = 0.25
-    """Noise level of the headline accuracy, and of the choice of the best checkpoint."""
+    """Sigma of the accuracy that is reported first, and that the best checkpoint is chosen by."""
     eval_batch_size: Count = 64
     """Images scored at once."""
     save_every: Interval = 100
@@ -184,31 +184,33 @@ class Bench(Common, Drawing, Data):
     """`drm bench`."""
 
     reward: str = ""
-    """Reward model: a folder or a hub id; `none` measures only the scorers. Empty: the preset's."""
+    """The scorer that is measured, or none; a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER,
+    `module:function` or a server's URL. Empty: the preset's."""
     scorers: list[str] = Field(default_factory=list)
-    """Other scorers of the same pairs: reward models, names such as pickscore, NAME=FOLDER, or callables `module:function`."""
+    """Other scorers of the same pairs; each as --reward has it."""
     against: str | None = None
-    """A second reward model or scorer for a paired test."""
+    """One more scorer, for a paired test; as --reward has it."""
     dataset: str = "shapes"
-    """Dataset or file of preference pairs or rankings, several with commas between; prompts or geneval for a generator."""
+    """Pairs or rankings, or what a generator shall draw; names or files, several with commas between; geneval, shapes-prompts or a file
+    of prompts measure a generator."""
     calibration_split: str | None = None
-    """Split where protocols that need a tie threshold choose it, validation_unique of pickapic; None leaves them out."""
+    """Split that tie thresholds are chosen on; for protocols that need one, validation_unique of pickapic; None leaves them out."""
     split: str | None = None
     """Split of the dataset; None is the one that is benched: test, and test_unique of pickapic."""
     sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], min_length=1, max_length=1000)
-    """Noise levels to score at; the first is the headline."""
+    """Sigmas to score at; 0 clean to 1 pure noise. The first gives the accuracy that is reported first."""
     noise_samples: Annotated[int, Field(gt=0, le=10_000)] = 1
     """Noise draws an image, averaged."""
     shared_noise: bool = False
-    """The pictures of a prompt share their noise: easier at high noise levels than what a sampler's candidates are."""
+    """The pictures of a prompt share their noise: easier at high sigmas than what a sampler's candidates are."""
     pairs: Many | None = None
     """Pairs to evaluate, whole prompts in the data's order; None is all."""
     batch_size: Count = 64
     """Images scored at once."""
     fail_under: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Accuracy in percent under which the command exits with 1."""
+    """Accuracy, percent, under which the exit code is 1."""
     lora: str | None = None
-    """With prompts as the dataset: a LoRA, or the run that made it, whose pictures are measured beside the generator's own."""
+    """A LoRA, or its run, to compare with the generator; with prompts as the dataset."""
     prompts: Count | None = None
     """Prompts to draw, the first of the file; None is all (96 of shapes-prompts)."""
     num_images: Annotated[int, Field(gt=0, le=100_000)] = 4
@@ -218,7 +220,7 @@ class Bench(Common, Drawing, Data):
     guidance_scale: Guidance | None = None
     """Guidance of the pictures; None is the preset's for sampling."""
     images: str | None = None
-    """geneval: a folder of pictures in GenEval's layout to evaluate, in place of drawing."""
+    """geneval: a folder of pictures to evaluate; in GenEval's layout, in place of drawing."""
     detector: str = "facebook/mask2former-swin-small-coco-instance"
     """geneval: Mask2Former by folder or hub id; shapes is the embedded world's own."""
     color_model: str = "openai/clip-vit-large-patch14"
@@ -230,13 +232,14 @@ class Score(Common):
     """`drm score`."""
 
     reward: str = ""
-    """A scorer: a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER or `module:function`. Empty: the preset's."""
+    """The scorer; a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER, `module:function` or a server's URL.
+    Empty: the preset's."""
     images: list[str] = Field(default_factory=list)
     """Pictures, or latents saved as .safetensors."""
     prompts: list[str] = Field(default_factory=list)
     """A prompt an image, or one for all."""
     sigmas: list[Sigma] = Field(default_factory=lambda: [0.25], min_length=1, max_length=1000)
-    """Noise levels to score at."""
+    """Sigmas to score at; 0 clean to 1 pure noise."""
     noise_samples: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Noise draws an image, averaged."""
     batch_size: Count = 64
@@ -248,10 +251,10 @@ class Sample(Common, Drawing):
     """`drm sample`."""
 
     reward: str = ""
-    """Scorer that chooses: a reward model, a name such as pickscore, NAME=FOLDER or `module:function`, with =WEIGHT or without;
-    `none` samples without one. Empty: the preset's."""
+    """The scorer that chooses, or none; a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER, `module:function` or a
+    server's URL, with =WEIGHT or without. Empty: the preset's, and none where it has none and --mode is plain."""
     add_rewards: list[str] = Field(default_factory=list)
-    """More scorers of the same kinds, REF or REF=WEIGHT, combined with the first."""
+    """More scorers, combined with the first; as a repeated --reward gives them."""
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"
     """Several scorers as one: weighted sum, mean, the least of them, or the mean less their spread."""
     prompts: list[str] = Field(default_factory=list)
@@ -261,31 +264,31 @@ class Sample(Common, Drawing):
     num_images: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Pictures a prompt, with the seeds seed, seed + 1, ..."""
     mode: Literal["plain", "best-of-n", "stepwise", "beam", "halving", "smc", "auto"] = "plain"
-    """How the scorer is used while sampling; auto is the method that was measured as the best within --budget."""
+    """How the scorer is used; auto is the method that was measured as the best within --budget."""
     budget: Above | None = None
-    """Of auto: forward passes of the generator a picture, a reward call counting by its share of the blocks."""
+    """Of auto: forward passes that a picture may cost; a reward model's call counts by its share of the generator's blocks."""
     methods: str | None = None
     """Of auto: methods.yaml of a --tune run; None is the preset's."""
     tune: str | None = None
-    """A file of prompts on which methods are measured, in place of drawing pictures; writes methods.yaml."""
+    """Measure methods on this file of prompts; in place of drawing pictures, writes methods.yaml."""
     judge: str = "none"
-    """Of tune: an independent scorer that says which method is better; none is the reward itself."""
+    """Of tune: an independent scorer that ranks the methods; none is the reward itself."""
     beams: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """Candidates that a trajectory draws at each step of stepwise and beam; None is 4."""
+    """Candidates of a trajectory at each step; of stepwise and beam. None is 4."""
     starts: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """Trajectories that a picture starts with in best-of-n, halving, smc and beam; None is 4, and what is kept of beam."""
+    """Trajectories that a picture starts with; of best-of-n, halving, smc and beam. None is 4, and of beam what is kept."""
     keep: Annotated[int, Field(gt=0, le=100_000)] = 2
     """Trajectories that beam keeps."""
     first_cut: Sigma | None = None
-    """Of beam: noise level at which the starts are cut to those kept, and before which there are no candidates; None is at once."""
+    """Of beam: sigma at which the starts are cut to those kept, and before which there are no candidates; None is at once."""
     share_first: bool = False
-    """All starts share the first forward pass; with cps and noise level 1 nothing is lost."""
+    """All starts share the first forward pass; with cps and --noise-level 1 nothing is lost."""
     refine: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """How often the best end is noised again and sampled anew; kept where it scores better."""
+    """Times the best end is noised and sampled again; kept where it scores better."""
     refine_sigma: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    """Noise level that a refinement begins at."""
+    """Sigma that a refinement begins at."""
     refine_beams: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """Candidates a step of a refinement, at noise levels above 0.5."""
+    """Candidates a step of a refinement, at sigmas above 0.5."""
     steps: SamplingSteps = 10
     """Steps from noise to picture."""
     guidance_scale: Guidance = 1.0
@@ -293,15 +296,15 @@ class Sample(Common, Drawing):
     step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] | None = None
     """Step; None is cps where the mode needs noise, else ode."""
     noise_level: Annotated[float, Field(ge=0, le=2)] = 0.9
-    """Noise of the step rule: a of flow-sde and cps, eta of dance-sde."""
+    """Noise that a step adds; a of flow-sde and cps, eta of dance-sde."""
     branch_sigmas: list[Sigma] = Field(default_factory=lambda: [0.0, 1.0], min_length=2, max_length=2)
-    """Steps that start at a noise level within make several candidates."""
+    """Steps that start at a sigma within make several candidates."""
     branch_steps: list[Layer] | None = None
     """First and last step, counted from 0, that make several candidates."""
     score_at: Literal["noisy", "clean"] = "noisy"
-    """Score candidates at their own noise level, or their predicted clean latents."""
+    """Score candidates at their own sigma, or their predicted clean latents."""
     correct_noise: bool = False
-    """Score what an SDE step leaves at the noise level that it really has."""
+    """Score what an SDE step leaves at the sigma that it really has."""
     share_score: bool = False
     """Compute the blocks that reward model and generator share once; needs a reward model with a frozen backbone."""
     temperature: Above = 1.0

@@ -17,25 +17,26 @@ class Serve:
     """`drm serve`."""
 
     preset: str = "tiny"
-    """Preset that was asked for; `drm config list` names them."""
+    """A named set of settings; `drm config list` has them."""
     reward: str = ""
-    """Reward model: a folder or a hub id; `none` serves only the scorers. Empty: the preset's."""
+    """The scorer that is asked first, or none; a reward model's folder or hub id, a name such as pickscore, NAME=FOLDER,
+    `module:function` or a server's URL. Empty: the preset's."""
     scorers: list[str] = Field(default_factory=list)
-    """Other scorers to serve: names such as pickscore, NAME=FOLDER, or callables `module:function`."""
+    """Other scorers to serve; each as --reward has it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every network of the machine. There is no password: put a proxy in front of it there."""
     port: Port = 8000
     """Port to listen on; 0 takes a free one."""
     sigma: Sigma = 0.25
-    """Noise level at which the reward model scores pictures, where a request names none."""
+    """Sigma to score at; where a request names none."""
     noise_samples: Count = 4
-    """Noise draws a picture, averaged, where a request names none."""
+    """Noise draws a picture, averaged; where a request names none."""
     max_batch: Count = 32
     """Pictures or latents scored at once."""
     max_wait_ms: Rate = 5.0
-    """Milliseconds that the first of a batch waits for others to join it."""
+    """Milliseconds that a batch waits for more to join it."""
     max_queue: Count = 1024
-    """Scores waiting to be computed, beyond which a request is answered 503."""
+    """Most scores that wait to be computed; beyond, a request is answered 503."""
     max_items: Count = 64
     """Pictures or latents a request."""
     max_body_mib: Count = 64

@@ -1,4 +1,4 @@
-"""Micro-batches of preference pairs: which pairs, noise levels and noise a step has depends on the seed and its number alone.
+"""Micro-batches of preference pairs: which pairs, sigmas and noise a step has depends on the seed and its number alone.
 
 All is drawn for the global batch and then cut: a resumed run, another split into micro-batches, or another number of processes sees
 the same. Dimension letters: N pairs, U pictures, K prompts of a micro-batch, C, H, W latent channels, height, width.
@@ -107,7 +107,7 @@ def micro_batches(config: TrainReward, processes: int) -> tuple[int, int]:
 
 
 def check_sizes(config: TrainReward, processes: int) -> None:
-    """Raises InputError for a batch that does not split evenly, and for noise levels from above to below."""
+    """Raises InputError for a batch that does not split evenly, and for sigmas from above to below."""
     count, size = micro_batches(config, processes)
     if count * size * processes != config.batch_size:
         raise InputError(
@@ -173,7 +173,7 @@ class Batches:
         ]
 
     def micro(self, step: int, processes: int, process: int) -> list[Batch]:
-        """The micro-batches of one process. Noise levels and noise are drawn for the global batch and then cut."""
+        """The micro-batches of one process. Sigmas and noise are drawn for the global batch and then cut."""
         config = self.config
         members = self.global_batch(step)
         rng = torch.Generator().manual_seed(seed_of("step", config.seed, step))
@@ -257,7 +257,7 @@ class Batches:
 
 
 def draw_sigmas(config: TrainReward, count: int, rng: torch.Generator) -> Tensor:
-    """Noise levels [count] in [sigma_min, sigma_max] by the config's density."""
+    """Sigmas [count] in [sigma_min, sigma_max] by the config's density."""
     if config.sigma_density == "fixed":
         return torch.full((count,), config.sigma_max)
     if config.sigma_density == "uniform":

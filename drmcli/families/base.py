@@ -222,11 +222,11 @@ class Family:
         return vae.decode(z.to(vae.dtype)).sample.float()
 
     def sigmas(self, pipe: Any, num_inference_steps: int, size: tuple[int, int]) -> Tensor:
-        """The pipeline's own noise levels [n + 1] for latents of H x W, falling, float32 on the CPU."""
+        """The pipeline's own sigmas [n + 1] for latents of H x W, falling, float32 on the CPU."""
         return flow_sigmas(pipe.scheduler.config, num_inference_steps)
 
     def first_noise(self, pipe: Any, sigma: float) -> float:
-        """What standard noise is multiplied by to make the pipeline's first state, at the first noise level."""
+        """What standard noise is multiplied by to make the pipeline's first state, at the first sigma."""
         return 1.0
 
     # --- velocity ---------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Family:
     def inputs(
         self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None
     ) -> dict[str, Any]:
-        """Keyword arguments of the denoiser's own forward for latents [B, C, H, W] at noise levels sigma [B], float32.
+        """Keyword arguments of the denoiser's own forward for latents [B, C, H, W] at sigma [B], float32.
 
         guidance: for models that take it as an input; None is the family's own default. Latents and embeddings are cast to the
         model's dtype, times are not.
@@ -367,7 +367,7 @@ def latent_space(family: Family, config: dict[str, Any]) -> tuple[str, int]:
 
 
 def flow_sigmas(config: Any, num_inference_steps: int, *, even: bool = False, mu: float | None = None) -> Tensor:
-    """Noise levels [n + 1] of a flow-matching Euler scheduler with this config, float32.
+    """Sigmas [n + 1] of a flow-matching Euler scheduler with this config, float32.
 
     even: from 1 down to 1 / n in even steps before the shift, as most pipelines ask; else the scheduler's own grid. mu: of a shift
     that depends on the resolution.

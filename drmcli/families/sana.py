@@ -1,7 +1,7 @@
 """Sana: SanaPipeline, Gemma 2 text behind a long instruction, linear attention, a VAE that makes pictures 32 times smaller.
 
 Its pipeline steps with DPM-Solver++ of second order, which remembers the step before; a search that branches and an SDE step want one
-without memory. drm takes Euler steps over the pipeline's own noise levels, which is DPM-Solver++ of first order. Times are whole
+without memory. drm takes Euler steps over the pipeline's own sigmas, which is DPM-Solver++ of first order. Times are whole
 numbers of thousandths, cut off, as that scheduler hands them on.
 """
 

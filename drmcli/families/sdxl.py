@@ -117,7 +117,7 @@ class UNet(Family):
     # --- velocity ---------------------------------------------------------------------------------------------------------------
 
     def times(self, sigma: Tensor) -> Tensor:
-        """Times [B] of the process for noise levels; whole ones where a level is a time's own."""
+        """Times [B] of the process for sigmas; whole ones where a sigma is a time's own."""
         table = self.table.to(sigma.device)
         s = sigma.double().clamp(float(table[0]), float(table[-1]))
         after = torch.searchsorted(table, s).clamp(1, len(table) - 1)

@@ -26,7 +26,8 @@ from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_te
 from drmcli.results import Parts
 from drmcli.rollout import Plan, Share
 from drmcli.run import Run, seed_of
-from drmcli.scorers.combine import Rewards, parse_term
+from drmcli.scorers import parse_term
+from drmcli.scorers.combine import Rewards
 
 PRECISION = {"no": torch.float32, "bf16": torch.bfloat16}
 
@@ -186,7 +187,7 @@ def load_rewards(config: Grpo, generator: Generator, device: torch.device, dtype
     """The rewards that are asked for. Raises InputError where they cannot judge latents of so many channels, or have no spread to
     penalise."""
     rewards = Rewards(
-        [(config.reward, 1.0), *map(parse_term, config.add_rewards)],
+        [parse_term(config.reward), *(parse_term(text, "--add-reward") for text in config.add_rewards)],
         device=device,
         dtype=dtype,
         attention=config.attention,
@@ -198,7 +199,7 @@ def load_rewards(config: Grpo, generator: Generator, device: torch.device, dtype
     if config.spread_penalty and len(rewards.states) * config.reward_draws < 2:
         raise InputError(
             "--spread-penalty: one reward model with one draw has no spread",
-            hint="add a reward model by --add-reward, or --set reward_draws=4",
+            hint="add a reward model by a second --reward, or --set reward_draws=4",
         )
     return rewards
 

@@ -17,6 +17,7 @@ from drmcli.recipes.plan import Known, describe_generator
 from drmcli.reward import RewardModel
 from drmcli.reward_config import read_config
 from drmcli.rollout import trained
+from drmcli.scorers import parse_term
 
 
 def plan(config: Grpo) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
     beside = dict(known.beside(mixed))
     if not config.text_encoder_3:
         beside.pop("text_encoder_3", None)
-    where = Path(package_path(config.reward))
+    where = Path(package_path(parse_term(config.reward)[0]))
     if where.is_dir():
         reward = read_config(where, f"--reward {config.reward}")
         with torch.device("meta"):

@@ -1,6 +1,6 @@
 """`drm bench`: preference accuracy of reward models and other scorers, in every counting convention.
 
-Each unique picture is encoded once and scored once a noise level, however many pairs it is in. Scores are kept in part files
+Each unique picture is encoded once and scored once at each sigma, however many pairs it is in. Scores are kept in part files
 while the run goes on, so an interrupted run goes on where it stopped.
 """
 
@@ -76,11 +76,11 @@ def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
             "bad_images": first.bad,
         }
         with guarded(folder.folder):
-            if len(summary["by_sigma"]) > 1:  # one noise level is no curve
+            if len(summary["by_sigma"]) > 1:  # one sigma is no curve
                 accuracy_by_noise(
                     folder.folder / "accuracy_by_noise.png",
                     {config.dataset: summary["by_sigma"]},
-                    title=f"{config.dataset}: pair accuracy by noise level",
+                    title=f"{config.dataset}: pair accuracy by sigma",
                 )
             calibration_plot(folder.folder / "calibration.png", summary["calibration"], title=config.dataset)
             shutil.rmtree(folder.folder / "partial", ignore_errors=True)
@@ -312,7 +312,7 @@ def plan(config: Bench) -> dict[str, Any]:
     known = describe_generator(config)
     return {
         "dataset": config.dataset,
-        "noise levels": config.sigmas,
+        "sigmas": config.sigmas,
         "noise samples": config.noise_samples,
         "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
         "download": known.download,

@@ -28,7 +28,7 @@ class Opinion:
     ref: str
     scorer: PairScorer
     sigmas: list[float]
-    """Noise levels; a scorer of pictures has one, 0."""
+    """Sigmas; a scorer of pictures has one, 0."""
     scores: np.ndarray
     """[items, sigmas]; NaN for a picture that cannot be read."""
     seconds: float
@@ -87,7 +87,7 @@ def write_tables(folder: Run, scorer: PairScorer, scores: np.ndarray, sigmas: li
 
 
 def write_scorers(folder: Run, opinions: list[Opinion]) -> None:
-    """scorers.parquet: every model's scores at its first noise level."""
+    """scorers.parquet: every model's scores at its first sigma."""
     tables = []
     for o in opinions:
         data, items = o.scorer.pairs.data, o.scorer.items
@@ -108,7 +108,7 @@ def write_scorers(folder: Run, opinions: list[Opinion]) -> None:
 
 
 def summarize(config: Bench, data: Preferences, opinions: list[Opinion], calibration: Pairs | None) -> dict[str, Any]:
-    """Accuracies and counts; the first model at its first noise level is the headline."""
+    """Accuracies and counts; the first model at its first sigma is the headline."""
     first = opinions[0]
     tables = [first.table(data, j) for j in range(len(first.sigmas))]
     protocol = data.protocol

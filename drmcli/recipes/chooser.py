@@ -8,8 +8,8 @@ from drmcli.config import Sample
 from drmcli.errors import InputError
 from drmcli.fingerprints import of_parts
 from drmcli.generator import Generator
-from drmcli.scorers import load_scorer
-from drmcli.scorers.combine import Term, parse_term
+from drmcli.scorers import load_scorer, parse_term
+from drmcli.scorers.combine import Term
 from drmcli.scorers.drm import RewardScorer
 
 

@@ -29,8 +29,7 @@ from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.recipes import sample
 from drmcli.recipes.generated import Part, lora_folder
 from drmcli.run import Interruptions, Reporter, Run, open_run, seed_of
-from drmcli.scorers import Scorer, load_scorer
-from drmcli.scorers.combine import parse_term
+from drmcli.scorers import Scorer, load_scorer, parse_term
 from drmcli.sheets import Block, Tile, note_of, sheet
 
 SHAPES = 200
@@ -98,9 +97,9 @@ def terms_of(config: DataMake) -> list[tuple[str, float]]:
                 hint="give it alone, or scorers",
             )
         return []
-    terms = [parse_term(text) for text in config.label]
+    terms = [parse_term(text, "--label") for text in config.label]
     for (_, weight), text in zip(terms, config.label):
-        if not np.isfinite(weight) or weight == 0:
+        if weight == 0:
             raise InputError(
                 f"--label {text}: the weight must be a number other than 0", hint="for example --label clip=0.5"
             )

@@ -1,7 +1,7 @@
 """`drm demo`: the whole story on the embedded world.
 
 Does pre-training matter? Two reward models are trained at the same budget, one on the pre-trained transformer, one on the same
-architecture with random weights; both are measured at every noise level; pictures are scored; the better one steers the
+architecture with random weights; both are measured at every sigma; pictures are scored; the better one steers the
 sampler, step by step, against plain sampling and best-of-N; the reward model that ships aligns the generator; a report tells it
 on one page.
 Each step is a run of its own inside the demo's folder, so an interrupted demo goes on where it stopped.
@@ -165,16 +165,16 @@ def write_report(
     page = Report("A diffusion model as a reward model")
     page.text(
         "A text-to-image transformer, cut short and given a small head, learns from preference pairs which of two pictures people "
-        "like better, and can say so at any noise level. Everything here was made by `drm demo` on the embedded world: pictures of "
-        "coloured shapes, and a judge that plays the human.",
+        "like better, and can say so at any sigma, the share of noise in a latent. Everything here was made by `drm demo` on the "
+        "embedded world: pictures of coloured shapes, and a judge that plays the human.",
     )
     page.heading("Pre-training matters")
     page.text(f"The same {config.steps} steps, the same pairs; only the start of the transformer's weights differs.")
     page.picture(
-        plot, "Accuracy on held-out pairs by noise level; 50 % is chance. It falls where little of the picture is left."
+        plot, "Accuracy on held-out pairs by sigma; 50 % is chance. It falls where little of the picture is left."
     )
     page.table(
-        ["noise level", "pre-trained", "random start"],
+        ["sigma", "pre-trained", "random start"],
         [
             [f"{x['sigma']:g}", f"{x['accuracy']:.1f} %", f"{y['accuracy']:.1f} %"]
             for x, y in zip(a["eval_by_sigma"], b["eval_by_sigma"])
@@ -182,7 +182,7 @@ def write_report(
     )
     lo, hi = measured["ci95"]
     page.text(
-        f"drm bench on {measured['n_pairs']} pairs of held-out captions, four noise draws at noise level {measured['sigma']:g}: "
+        f"drm bench on {measured['n_pairs']} pairs of held-out captions, four noise draws at sigma {measured['sigma']:g}: "
         f"{measured['accuracy']:.1f} % (95 % interval {lo:.1f} to {hi:.1f})."
     )
     page.heading("Step-wise Sampling")
@@ -192,7 +192,7 @@ def write_report(
         "same seeds and with the same number of steps. The judge, whom no model was trained on, has the last word."
     )
     page.table(
-        ["", "judge, 0 to 1", "reward model's score", "cost, generator calls a picture"],
+        ["", "judge, 0 to 1", "reward model's score", "cost, forward passes a picture"],
         [[mode, f"{s['judge']:.3f}", f"{s['mean_score']:+.2f}", f"{s['cost']:.1f}"] for mode, s in drawn.items()],
     )
     for i in range(0, 2 * SHOWN, 2):

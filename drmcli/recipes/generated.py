@@ -182,7 +182,7 @@ def run_prompts(config: Bench, folder: Run, device: torch.device, dtype: torch.d
 def score_pictures(
     ref: str, images: list[dict[str, Any]], config: Bench, folder: Run, device: torch.device, dtype: torch.dtype
 ) -> np.ndarray:
-    """One score a picture, by a reward model (at the first noise level asked for) or a scorer."""
+    """One score a picture, by a reward model (at the first sigma asked for) or a scorer."""
     scorer = load_scorer(
         ref, device=device, dtype=dtype, attention=config.attention, sigma=config.sigmas[0],
         noise_samples=config.noise_samples, seed=config.seed,

@@ -264,7 +264,7 @@ def encode_pairs(
 
 
 class PairScorer:
-    """Scores every picture of a set of pairs once a noise level, however many pairs it is in."""
+    """Scores every picture of a set of pairs once at each sigma, however many pairs it is in."""
 
     def __init__(self, pairs: IndexedPairs):
         both = np.stack([np.r_[pairs.prompt, pairs.prompt], np.r_[pairs.chosen, pairs.rejected]], axis=1)

@@ -1,4 +1,4 @@
-"""`drm score`: scores of pictures, or of saved latents, at one or more noise levels."""
+"""`drm score`: scores of pictures, or of saved latents, at one or more sigmas."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(config: Score, reporter: Reporter) -> dict[str, Any]:
                 hint="score latents with a reward model",
             )
         else:
-            folder.note(f"{scorer.name} judges finished pictures: noise levels do not matter to it")
+            folder.note(f"{scorer.name} judges finished pictures: sigmas do not matter to it")
             rows = of_pictures(scorer, loaded, prompts, config, folder)
         flat = [row for i in sorted(rows) for row in rows[i]]
         table = [row | {"dataset": "images", "prompt_id": ""} for row in flat]
@@ -76,7 +76,7 @@ def by_noise_level(
     config: Score,
     folder: Run,
 ) -> dict[int, list[dict[str, Any]]]:
-    """A reward model's scores of pictures and saved latents, a row a noise level, by position in `config.images`."""
+    """A reward model's scores of pictures and saved latents, a row a sigma, by position in `config.images`."""
     reward = scorer.model
     if config.resolution:
         reward.config.resolution = config.resolution
@@ -177,6 +177,6 @@ def plan(config: Score) -> dict[str, Any]:
     return {
         "images": len(config.images),
         "prompts": len(set(prompts)),
-        "noise levels": config.sigmas,
+        "sigmas": config.sigmas,
         "download": "nothing",
     }

@@ -22,7 +22,7 @@ CAPTIONS = {
     "before_after.png": "The same prompts and seeds before and after.",
     "curve.png": "Reward and judge on validation prompts, by update.",
     "training.png": "Loss, and the accuracy in training where there is one.",
-    "accuracy_by_noise.png": "Pair accuracy by noise level; 50 % is chance.",
+    "accuracy_by_noise.png": "Pair accuracy by sigma; 50 % is chance.",
     "calibration.png": "Does a score difference mean the probability that it says?",
 }
 """What the pictures of a run folder show."""

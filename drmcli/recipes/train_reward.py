@@ -1,6 +1,6 @@
 """`drm train-reward`: preference pairs -> cached latents and embeddings -> noised alike -> scores -> preference loss.
 
-The loop is `train`. Pairs, noise levels and noise come from `drmcli.data.batches`, weights and optimizer are a `Learner`'s, the sharing of
+The loop is `train`. Pairs, sigmas and noise come from `drmcli.data.batches`, weights and optimizer are a `Learner`'s, the sharing of
 work among processes is `launch` and `sharding`, what is kept `checkpoints`.
 """
 
@@ -113,7 +113,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def record(self, step: int, by_sigma: list[dict[str, Any]]) -> None:
-        """A row of the evaluations a noise level."""
+        """A row of the evaluations a sigma."""
         for row in by_sigma:
             self.evals.add(step=step, n_pairs=len(self.held_out.pairs), sigma=row["sigma"], accuracy=row["accuracy"])
 
@@ -162,12 +162,12 @@ def evaluate_and_note(training: Training, learner: Learner) -> None:
     found = headline_accuracy(by_sigma, sigma)
     if training.best is None or found > training.best[0]:
         training.best = (found, learner.step)
-    training.folder.note(f"step {learner.step}: held-out accuracy {found:.1f} % at noise level {sigma:g}")
+    training.folder.note(f"step {learner.step}: held-out accuracy {found:.1f} % at sigma {sigma:g}")
 
 
 @torch.no_grad()
 def evaluate(training: Training, learner: Learner) -> list[dict[str, Any]]:
-    """Accuracy in percent, with its 95 % interval, on the held-out pairs at each noise level; every process scores its share."""
+    """Accuracy in percent, with its 95 % interval, on the held-out pairs at each sigma; every process scores its share."""
     accelerator, config, scorer = training.accelerator, training.config, training.held_out
     world, size, levels = accelerator.num_processes, config.eval_batch_size, len(config.eval_sigmas)
     total = len(scorer.items)
@@ -209,12 +209,12 @@ def evaluation_accuracy(scorer: PairScorer, scores: np.ndarray) -> Accuracy:
 
 
 def headline(by_sigma: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
-    """The row of the asked noise level, or of the nearest one that was evaluated."""
+    """The row of the asked sigma, or of the nearest one that was evaluated."""
     return min(by_sigma, key=lambda row: abs(row["sigma"] - sigma))
 
 
 def headline_accuracy(by_sigma: list[dict[str, Any]], sigma: float) -> float:
-    """Accuracy at the asked noise level."""
+    """Accuracy at the asked sigma."""
     return headline(by_sigma, sigma)["accuracy"]
 
 

@@ -16,6 +16,7 @@ This file imports no torch, so that names can be listed and checked without it.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -60,7 +61,7 @@ class StateScorer(Protocol):
         """What it needs to know of B prompts; rows are picked by indexing."""
 
     def score(self, latents: Tensor, sigma: float | Tensor, cond: Any) -> Tensor:
-        """Scores [B], float32, differentiable, of latents [B, C, H, W] at noise level sigma (one, or [B])."""
+        """Scores [B], float32, differentiable, of latents [B, C, H, W] at sigma (one, or [B])."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,20 @@ def read_reference(text: str, flag: str = "--scorer") -> Reference:
         raise InputError(f"{flag} {text}: there is no such scorer", hint=_hint(name))
     local_or_hub(text, flag)
     return Reference("model", text)
+
+
+def parse_term(text: str, flag: str = "--reward") -> tuple[str, float]:
+    """`SCORER=WEIGHT` as its parts; the weight is 1 where none is given. Raises InputError for a weight that is not finite."""
+    ref, mark, weight = text.rpartition("=")
+    try:
+        value = float(weight) if mark and not Path(package_path(text)).is_dir() else None
+    except ValueError:  # NAME=FOLDER
+        value = None
+    if value is None:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise InputError(f"{flag} {text}: the weight {weight} is not finite", hint=f"for example {flag} {ref}=0.5")
+    return ref, value
 
 
 def load_scorer(

@@ -8,7 +8,6 @@ Dimension letters: B states, R scorers, M candidates that are compared, C, H, W 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drmcli.errors import InputError
 from drmcli.flow import renoise
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.reward import RewardModel
@@ -24,7 +22,7 @@ from drmcli.scorers import Scorer, StateScorer, load_scorer
 from drmcli.scorers.drm import RewardScorer
 
 RENOISE = 0.1
-"""How far above its own noise level a state is noised again for each draw of a noise ensemble."""
+"""How far above its own sigma a state is noised again for each draw of a noise ensemble."""
 
 
 @dataclass
@@ -107,20 +105,6 @@ class Combined:
         return torch.stack(found, -1)
 
 
-def parse_term(text: str) -> tuple[str, float]:
-    """`REF=WEIGHT` as its parts; the weight is 1 where none is given. Raises InputError for a weight that is not finite."""
-    ref, mark, weight = text.rpartition("=")
-    try:
-        value = float(weight) if mark else 1.0
-    except ValueError:
-        return text, 1.0
-    if not math.isfinite(value):
-        raise InputError(
-            f"--add-reward {text}: the weight {weight} is not finite", hint="give REF=WEIGHT, for example clip=0.5"
-        )
-    return (ref, value) if mark else (text, 1.0)
-
-
 class Rewards:
     """A weighted sum of terms, less `spread_penalty` times their disagreement, cut at `ceiling`."""
 
@@ -180,7 +164,7 @@ class Rewards:
         texts: list[str],
         pictures: Callable[[], list[Image.Image]],
     ) -> Tensor:
-        """Rewards [B], float32, of states [B, C, H, W] at a noise level.
+        """Rewards [B], float32, of states [B, C, H, W] at a sigma.
 
         conds: one a state scorer. pictures: draws the pictures that scorers of pictures see; called once, and only if there is one.
         """

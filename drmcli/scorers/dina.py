@@ -1,6 +1,6 @@
 """DiNa-LRM (arXiv 2602.11146): a public reward model on Stable Diffusion 3.5 Medium that scores noisy latents.
 
-Twelve blocks with a LoRA; image and text tokens behind several of them go through adapters that know the noise level, and a few query
+Twelve blocks with a LoRA; image and text tokens behind several of them go through adapters that know the sigma, and a few query
 tokens read them. Trained with a Thurstone loss on uniform sigma; its authors score pictures at sigma 0.1 and a sampler's latents at 0.4.
 
 Read from its published layout: `config.json`, `checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt` (by PyTorch's
@@ -37,7 +37,7 @@ HEAD, LORA = "checkpoint/rm_head.pt", "checkpoint/backbone_lora"
 TEXT_LENGTH = 128
 """T5 tokens in its training and evaluation."""
 PICTURE_SIGMA = 0.1
-"""Noise level at which its authors score pictures."""
+"""Sigma at which its authors score pictures."""
 
 
 def is_published_layout(folder: str | Path) -> bool:
@@ -142,7 +142,7 @@ class DiNaLRM(RewardModel):
     def score(
         self, latents: Tensor, sigma: float | Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> Tensor:
-        """Scores [B], float32, differentiable, of latents [B, C, H, W] at noise level sigma (one, or [B])."""
+        """Scores [B], float32, differentiable, of latents [B, C, H, W] at sigma (one, or [B])."""
         sigma = torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
         inputs = self.family.inputs(self.transformer, latents, sigma, cond, self.guidance)
         last = len(self.blocks) - 1

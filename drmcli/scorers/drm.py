@@ -1,4 +1,4 @@
-"""A diffusion-based reward model as a scorer: of pictures at one noise level, and of noisy latents where they are.
+"""A diffusion-based reward model as a scorer: of pictures at one sigma, and of noisy latents where they are.
 
 Dimension letters: B pictures or latents, C, H, W latent channels, height, width.
 """
@@ -50,7 +50,7 @@ class RewardScorer:
     """Folder or hub id."""
     model: RewardModel
     sigma: float = 0.25
-    """Noise level at which pictures are judged."""
+    """Sigma at which pictures are judged."""
     noise_samples: int = 4
     """Noise draws a picture, averaged."""
     seed: int = 0
@@ -100,7 +100,7 @@ class RewardScorer:
     def score(
         self, latents: Tensor, sigma: float | Tensor, cond: PromptEmbeds, *, states: list[Any] | None = None
     ) -> Tensor:
-        """Scores [B] of latents [B, C, H, W] at a noise level; `states` as in `RewardModel.features`."""
+        """Scores [B] of latents [B, C, H, W] at a sigma; `states` as in `RewardModel.features`."""
         return self.model.score(latents, sigma, cond, states=states)
 
     @property

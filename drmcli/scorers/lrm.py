@@ -5,7 +5,7 @@ picture of each stage on the way down (with the prompt) and of the middle (guide
 feature: the score is a scaled cosine, within +-exp(logit_scale).
 
 Read from its published layout: `unet/`, `text_encoder/`, for SDXL `text_encoder_2/`, and `state_dict.pt` with the projections (by PyTorch's
-weights-only reader). Tokenizers and VAE are the base's. A state is scored at its own noise level; LPO's own training asks with the time
+weights-only reader). Tokenizers and VAE are the base's. A state is scored at its own sigma; LPO's own training asks with the time
 of the step that made it. Pictures are encoded as the mode of the VAE's posterior, not a draw from it.
 
 Dimension letters: B latents, D width of the prompt's embeddings, P width of the common space.
@@ -41,7 +41,7 @@ BASES = {
     "lrm-sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", None),
     "lrm-sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"),
 }
-"""Pipeline that tokenizers, noise levels and VAE are of, and another VAE where the base's own overflows in fp16."""
+"""Pipeline that tokenizers, sigmas and VAE are of, and another VAE where the base's own overflows in fp16."""
 GUIDANCE = 7.5
 PROJECTIONS = "state_dict.pt"
 
@@ -154,7 +154,7 @@ class LRM(RewardModel):
     def score(
         self, latents: Tensor, sigma: float | Tensor, cond: Conditioning, *, states: list[Any] | None = None
     ) -> Tensor:
-        """Scores [B], float32, differentiable, of latents [B, C, H, W] at noise level sigma (one, or [B])."""
+        """Scores [B], float32, differentiable, of latents [B, C, H, W] at sigma (one, or [B])."""
         family = self.family
         assert isinstance(family, UNet)
         sigma = torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))

@@ -114,7 +114,7 @@ class RemoteReward(RemoteScorer):
         return Prompts(tuple(prompts))
 
     def score(self, latents: Tensor, sigma: float | Tensor, cond: Prompts) -> Tensor:
-        """Scores [B], float32 on the latents' device, of latents [B, C, H, W] at a noise level (one, or [B])."""
+        """Scores [B], float32 on the latents' device, of latents [B, C, H, W] at a sigma (one, or [B])."""
         levels = torch.as_tensor(sigma, dtype=torch.float64).expand(len(latents)).tolist()
         out: list[float] = []
         for at in range(0, len(latents), self.max_items):
@@ -133,7 +133,7 @@ class RemoteReward(RemoteScorer):
         noise_samples: int,
         seed: int,
     ) -> Tensor:
-        """Scores [B, len(sigmas)] of pictures at several noise levels, as `RewardModel.score_images` gives them."""
+        """Scores [B, len(sigmas)] of pictures at several sigmas, as `RewardModel.score_images` gives them."""
         more: dict[str, Any] = {"noise_samples": noise_samples, "seed": seed}
         return torch.stack([self._pictures(images, prompts, more | {"sigma": s}) for s in sigmas], dim=1)
 

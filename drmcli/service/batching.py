@@ -1,6 +1,6 @@
 """A queue that joins what many clients ask for at once into batches for one worker thread.
 
-Items of the same key (which scorer, which noise level, which shape) share a batch. A batch is begun when the worker is free and either
+Items of the same key (which scorer, which sigma, which shape) share a batch. A batch is begun when the worker is free and either
 it is full or its first item has waited long enough; while the worker is busy the next ones fill up by themselves.
 """
 

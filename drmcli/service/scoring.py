@@ -1,7 +1,7 @@
 """What `drm serve` answers: scores of pictures and of noisy latents over HTTP.
 
 POST /score takes pictures (JSON with base64, or multipart) and prompts; POST /score/latents takes noisy latents as safetensors with
-their noise levels; GET /health and /metrics say how it is. Every error is JSON `{"error": fact, "hint": what to do}`.
+their sigmas; GET /health and /metrics say how it is. Every error is JSON `{"error": fact, "hint": what to do}`.
 
 A picture that cannot be used or scored gives null and an entry in `errors`; only a request without any score is an error as a whole.
 """
@@ -47,7 +47,7 @@ class PictureRequest(BaseModel):
     images: list[str] = Field(min_length=1, description="Picture files (PNG, JPEG, WebP, ...), base64.")
     prompts: list[str] | str = Field(description="A prompt a picture, or one for all.")
     scorers: list[str] | None = Field(None, min_length=1, description="Which of the served scorers; all by default.")
-    sigma: Level | None = Field(None, description="Noise level at which a reward model scores them.")
+    sigma: Level | None = Field(None, description="Sigma at which a reward model scores them.")
     noise_samples: Annotated[int, Field(ge=1, le=64)] | None = Field(None, description="Noise draws, averaged.")
     seed: Annotated[int, Field(ge=0)] | None = Field(None, description="Seed of the noise.")
 
@@ -57,7 +57,7 @@ class LatentRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     latents: str = Field(description="A safetensors file, base64, with a tensor `latents` [B, C, H, W] or [C, H, W].")
-    sigma: Level | list[Level] = Field(description="Their noise level: one, or one each.")
+    sigma: Level | list[Level] = Field(description="Their sigma: one, or one each.")
     prompts: list[str] | str = Field(description="A prompt each, or one for all.")
 
 
@@ -92,7 +92,7 @@ class Served:
     pictures: Callable[[list[Image.Image], list[str], dict[str, Any]], Sequence[float]] | None
     """Pictures, prompts and settings (sigma, noise_samples, seed; none for a scorer without noise) to numbers."""
     latents: Callable[[Tensor, Tensor, list[str]], Sequence[float]] | None = None
-    """Latents [B, C, H, W], noise levels [B], prompts to numbers."""
+    """Latents [B, C, H, W], sigmas [B], prompts to numbers."""
     takes_noise: bool = False
     """Do the settings change what `pictures` gives?"""
     channels: int | None = None

@@ -226,7 +226,7 @@ def train_transformer(
         index = torch.randint(pictures, (64,))
         x0, caption = latents[index], captions[index]
         caption = torch.where(torch.rand(64) < 0.1, len(texts), caption)
-        # Half of the noise levels as SD3 draws them, half as the shifted schedule visits them.
+        # Half of the sigmas as SD3 draws them, half as the shifted schedule visits them.
         sigma = torch.sigmoid(torch.randn(64))
         uniform = torch.rand(64)
         sigma = torch.where(torch.arange(64) < 32, sigma, 3 * uniform / (1 + 2 * uniform))[:, None, None, None]

@@ -58,7 +58,13 @@ def test_every_field_is_a_flag(command: str, monkeypatch: pytest.MonkeyPatch, dr
     monkeypatch.setenv("COLUMNS", "200")
     words = command.split("-") if command.startswith("data-") else [command]
     page = " ".join(drm(*words, "--help-all").out.replace("│", " ").split())
-    arguments = {("score", "images"), ("sample", "prompts"), ("data-make", "prompts"), ("data-label", "folder")}
+    arguments = {
+        ("score", "images"),
+        ("sample", "prompts"),
+        ("data-make", "prompts"),
+        ("data-label", "folder"),
+        ("export", "run"),
+    }
     for field in fields.fields_of(command).values():
         if (command, field.name) in arguments:
             continue

@@ -11,11 +11,9 @@ import gc
 import hashlib
 import inspect
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
@@ -30,6 +29,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Conditioning, Family, latent_space
 from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
+from drmcli.loading import denoiser_files, fill, finite, opened, skeleton, variant_of
 from drmcli.lora import load_lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,27 +62,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_part(kind: type, where: str, name: str, *, revision: str | None, dtype: torch.dtype) -> Any:
-    """One model of a pipeline, from safetensors. Raises InputError when weights are missing or not finite.
+def load_part(
+    kind: type, where: str, name: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Any:
+    """One model of a pipeline as its library loads it, from safetensors. Raises InputError when weights are missing or not finite.
 
     The libraries fill in random values for what is missing; a score from those would mean nothing.
     """
+    straight: dict[str, Any] = {}
+    if issubclass(kind, PreTrainedModel) and torch.device(device).type != "cpu":
+        straight["device_map"] = {"": device}
     model, found = kind.from_pretrained(  # type: ignore[attr-defined]
         where, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True,
-        variant=variant_of(where, name),
+        variant=variant_of(where, name), **straight,
     )  # fmt: skip
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
+    model.to(device)
     _refuse_broken(model, f"{where}: {name}")
     return model
-
-
-def variant_of(where: str, name: str) -> str | None:
-    """The number format in the names of a local part's weights (`*.fp16.safetensors`), where there are no others."""
-    files = [f.name for f in (Path(where) / name).glob("*.safetensors")]
-    found = {m[1] for f in files if (m := re.search(r"\.(fp16|bf16|fp8|non_ema)(\.|-0)", f))}
-    plain = [f for f in files if not any(f".{v}" in f for v in found)]
-    return sorted(found)[0] if found and not plain else None
 
 
 def use_attention(denoiser: Any, name: str) -> None:
@@ -155,11 +153,11 @@ class Generator:
             wanted = {n: part for n, part in wanted.items() if issubclass(part, torch.nn.Module)}
             others = [n for n in wanted if n != family.denoiser]
             parts = {} if beside is None else beside.same_encoders(ref, revision, others)
-            parts |= {
-                name: load_part(part, where, name, revision=revision, dtype=dtype)
-                for name, part in wanted.items()
-                if name not in parts
-            }
+            for name in others:
+                if name not in parts:
+                    parts[name] = load_part(wanted[name], where, name, revision=revision, dtype=dtype, device=device)
+            if family.denoiser in wanted:
+                parts[family.denoiser] = load_denoiser(family, where, revision=revision, dtype=dtype, device=device)
             pipe = kind.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts)
         for name, module in pipe.components.items():
             if isinstance(module, torch.nn.Module):
@@ -351,9 +349,40 @@ def read_index(where: str, revision: str | None) -> dict[str, Any]:
     return dict(DiffusionPipeline.load_config(where, revision=revision))
 
 
-def load_denoiser(family: Family, where: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+def load_denoiser(
+    family: Family, where: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Any:
     """A pipeline's denoiser alone, with its weights."""
-    return load_part(family.denoiser_class, where, family.denoiser, revision=revision, dtype=dtype)
+    return with_denoiser(lambda denoiser: denoiser, family, where, revision=revision, dtype=dtype, device=device)
+
+
+def with_denoiser(
+    make: Callable[[Any], Any],
+    family: Family,
+    where: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """What `make` makes of a pipeline's denoiser. It is given one without weights: what it cuts off is not read.
+
+    Raises InputError for weights that are missing, misshapen or not finite.
+    """
+    if denoiser_config(family, where, revision).get("quantization_config"):  # in a form that diffusers alone can read
+        kind = family.denoiser_class
+        return make(load_part(kind, where, family.denoiser, revision=revision, dtype=dtype, device=device))
+    denoiser = empty_denoiser(family, where, revision)
+    made = make(denoiser)
+    kept = tuple(denoiser._keep_in_fp32_modules or ())
+    with opened(denoiser_files(where, family.denoiser, revision)) as tensors:
+        fill(
+            denoiser, tensors, f"{where}: {family.denoiser}", device=device,
+            dtype=lambda name: torch.float32 if set(kept) & set(name.split(".")) else dtype,
+        )  # fmt: skip
+    denoiser.to(device)  # what is in no file
+    denoiser.eval()
+    return made
 
 
 def denoiser_config(family: Family, where: str, revision: str | None) -> dict[str, Any]:
@@ -371,16 +400,16 @@ def scheduler_facts(family: Family, where: str, revision: str | None) -> dict[st
 
 
 def empty_denoiser(family: Family, where: str, revision: str | None) -> Any:
-    """A pipeline's denoiser on the meta device."""
+    """A pipeline's denoiser without weights: on the meta device, but for tables that no file holds."""
     kind: Any = family.denoiser_class
-    with torch.device("meta"):
-        return kind.from_config(denoiser_config(family, where, revision))
+    config = denoiser_config(family, where, revision)
+    return skeleton(lambda: kind.from_config(config))
 
 
 def _refuse_broken(module: torch.nn.Module, where: str) -> None:
     """Weights that are not finite would only show as a useless score much later."""
     for name, tensor in module.state_dict().items():
-        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_meta and not finite(tensor):
             raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drmcli.cards import reward_card
@@ -29,16 +29,17 @@ from drmcli.families.base import Conditioning, Family, latent_space, listening
 from drmcli.generator import (
     Generator,
     denoiser_config,
-    load_denoiser,
     quiet_libraries,
     read_index,
     scheduler_facts,
     use_attention,
+    with_denoiser,
 )
 from drmcli.head import Head
 from drmcli.hub import explained
+from drmcli.loading import Stored, fill, finite, opened, skeleton
 from drmcli.noise import score_pictures
-from drmcli.reward_config import RewardConfig, check_tensors, read_config
+from drmcli.reward_config import RewardConfig, check_shapes, read_config
 from drmcli.run import seed_of
 
 
@@ -144,7 +145,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         flag: str = "--generator",
         **settings: Any,
     ) -> RewardModel:
-        """A new reward model on the transformer of a pipeline. `settings` are fields of RewardConfig.
+        """A new reward model on the transformer of a pipeline. `settings` are fields of RewardConfig; dtype: of the transformer.
 
         init "random" keeps the architecture and forgets the weights. The head is always new, drawn from `seed`.
         """
@@ -152,17 +153,25 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         with explained(ref, flag), quiet_libraries():
             family = family_of(str(read_index(where, revision).get("_class_name")), f"{flag} {ref}")
             full = denoiser_config(family, where, revision)
-            transformer = _transformer(family, where, revision, init, seed, dtype)
-        config = RewardConfig(
-            base_model=ref,
-            base_revision=revision,
-            transformer={k: v for k, v in full.items() if not k.startswith("_")},
-            family=family.name,
-            scheduler=scheduler_facts(family, where, revision),
-            **({"lora_targets": list(family.lora_targets)} | settings),
-        )
-        torch.manual_seed(seed_of("head", seed))
-        model = cls(config, transformer)
+            config = RewardConfig(
+                base_model=ref,
+                base_revision=revision,
+                transformer={k: v for k, v in full.items() if not k.startswith("_")},
+                family=family.name,
+                scheduler=scheduler_facts(family, where, revision),
+                **({"lora_targets": list(family.lora_targets)} | settings),
+            )
+
+            def make(denoiser: Any) -> RewardModel:
+                torch.manual_seed(seed_of("head", seed))
+                return cls(config, denoiser)
+
+            if init == "random":
+                torch.manual_seed(seed_of("reward", seed))
+                kind: Any = family.denoiser_class
+                model = make(kind.from_config(full).to(dtype))
+            else:
+                model = with_denoiser(make, family, where, revision=revision, dtype=dtype, device=device)
         model.set_trainable()
         return model.to(device)
 
@@ -174,6 +183,8 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 self.transformer.add_adapter(_lora(self.config, self.family))
             for name, parameter in self.transformer.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         else:
             self.transformer.requires_grad_(self.config.backbone == "full")
         for parameter in self.family.unread(self.transformer):
@@ -217,10 +228,13 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         token: str | bool | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        base_dtype: torch.dtype | None = None,
         attention: str = "sdpa",
         flag: str = "--reward",
     ) -> RewardModel:
         """Load a saved reward model from a folder or the hub, frozen and ready to score.
+
+        dtype: of the backbone, the head is always float32; base_dtype: of backbone weights that are the base's own (None: as the others).
 
         Raises MissingError (absent, gated, offline) or InputError (damaged, of another kind), each naming `flag`.
         """
@@ -231,10 +245,8 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
                 patterns = ["config.json", "model.safetensors", "README.md"]
                 where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
-            model = _loaded(cls, where, flag, model_id)
+            model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device)
         use_attention(model.transformer, attention)
-        if dtype != torch.float32:
-            model.transformer.to(dtype)
         return model.eval().requires_grad_(False).to(device)
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
@@ -242,7 +254,10 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         mine = self.saved_tensors()
         # Files written before the scale had an axis.
         tensors = {name: t.reshape(1) if name == "head.log_scale" and t.ndim == 0 else t for name, t in tensors.items()}
-        check_tensors(tensors, mine, where)
+        check_shapes({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in mine.items()}, where)
+        for name, tensor in tensors.items():
+            if not finite(tensor):
+                raise InputError(f"{where}: the weights of {name} are not finite", hint="train or download it again")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 mine[name].copy_(tensor)
@@ -333,15 +348,6 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         )  # fmt: skip
 
 
-def _transformer(family: Family, where: str, revision: str | None, init: str, seed: int, dtype: torch.dtype) -> Any:
-    """A whole denoiser, pretrained or drawn from `seed`."""
-    torch.manual_seed(seed_of("reward", seed))
-    if init != "random":
-        return load_denoiser(family, where, revision=revision, dtype=dtype)
-    kind: Any = family.denoiser_class
-    return kind.from_config(denoiser_config(family, where, revision)).to(dtype)
-
-
 def _lora(config: RewardConfig, family: Family) -> Any:
     """The LoRA that a config describes."""
     from peft import LoraConfig
@@ -354,19 +360,40 @@ def _lora(config: RewardConfig, family: Family) -> Any:
     )
 
 
-def _loaded(cls: type[RewardModel], where: Path, flag: str, ref: str) -> RewardModel:
-    """The model that a folder holds, in float32 on the CPU; a backbone that was not trained comes from the base pipeline."""
-    config = read_config(where, f"{flag} {ref}")
-    family = family_named(config.family, f"{flag} {ref}")
-    weights = where / constants.SAFETENSORS_SINGLE_FILE
+def _loaded(
+    cls: type[RewardModel],
+    folder: Path,
+    where: str,
+    dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    device: torch.device | str,
+) -> RewardModel:
+    """The model that a folder holds; a backbone that was not trained comes from the base pipeline. where: for the errors."""
+    config = read_config(folder, where)
+    family = family_named(config.family, where)
+    weights = folder / constants.SAFETENSORS_SINGLE_FILE
     if not weights.is_file():
-        raise InputError(f"{flag} {ref}: holds no model.safetensors", hint="drm reads weights from safetensors only")
-    tensors = load_file(weights)
-    if config.backbone == "full":
-        model = cls.from_config(config)
-    else:
-        base = local_or_hub(config.base_model, f"{flag} {ref}: base_model")
-        model = cls(config, load_denoiser(family, base, revision=config.base_revision, dtype=torch.float32))
-    model.set_trainable()
-    model.load_tensors(tensors, f"{flag} {ref}")
+        raise InputError(f"{where}: holds no model.safetensors", hint="drm reads weights from safetensors only")
+    with opened([weights]) as tensors:
+        if config.backbone == "full":
+            kind: Any = family.denoiser_class
+            model = cls(config, skeleton(lambda: kind.from_config(config.transformer)))
+            if "head.log_scale" in tensors and not tensors["head.log_scale"].shape:  # written before it had an axis
+                scale = tensors["head.log_scale"].read().reshape(1)
+                tensors["head.log_scale"] = Stored((1,), lambda: scale)
+            expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            check_shapes({name: stored.shape for name, stored in tensors.items()}, expected, where)
+            formats = {True: torch.float32, False: dtype}
+            fill(model, tensors, where, dtype=lambda name: formats[name.startswith("head.")], device=device)
+            model.set_trainable()
+            return model
+        base = local_or_hub(config.base_model, f"{where}: base_model")
+        model = with_denoiser(
+            lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device
+        )  # fmt: skip
+        model.set_trainable()
+        model.load_tensors({name: stored.read() for name, stored in tensors.items()}, where)
+        for name, parameter in model.transformer.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(dtype)
     return model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from drmcli.config import TrainReward
 from drmcli.errors import InputError
 from drmcli.reward import RewardModel
@@ -31,10 +33,14 @@ def learns(config: TrainReward) -> str:
     return "frozen" if config.backbone == "head" else config.backbone
 
 
-def make_model(config: TrainReward) -> RewardModel:
-    """The model that training starts from, in float32 on the CPU, with what is to learn switched on."""
+def make_model(config: TrainReward, frozen: torch.dtype = torch.float32) -> RewardModel:
+    """The model that training starts from, on the CPU, with what is to learn switched on and in float32.
+
+    frozen: number format of the base's weights where they do not learn.
+    """
+    base_dtype = torch.float32 if learns(config) == "full" else frozen
     if config.init not in FRESH:
-        return saved_model(config)
+        return saved_model(config, base_dtype)
     if config.init == "random" and learns(config) != "full":
         raise InputError(
             f"--init random: with --backbone {config.backbone} only the base's own weights would be saved",
@@ -45,6 +51,7 @@ def make_model(config: TrainReward) -> RewardModel:
         revision=config.revision,
         init=config.init,
         seed=config.seed,
+        dtype=base_dtype,
         drop_layers=config.drop_layers,
         tap_layers=config.tap_layers,
         head_width=config.head_width,
@@ -58,9 +65,9 @@ def make_model(config: TrainReward) -> RewardModel:
     )
 
 
-def saved_model(config: TrainReward) -> RewardModel:
+def saved_model(config: TrainReward, base_dtype: torch.dtype) -> RewardModel:
     """A saved reward model, ready to learn. Raises InputError where it does not fit the data's encoders or cannot learn as asked."""
-    model = RewardModel.from_pretrained(config.init, flag="--init")
+    model = RewardModel.from_pretrained(config.init, base_dtype=base_dtype, flag="--init")
     mine = model.config
     for key, has, asked in (
         ("--generator", mine.base_model, config.generator),

@@ -62,10 +62,13 @@ def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
             raise InputError(
                 "--no-cache: several processes share what they encode", hint="name a folder with --cache-dir"
             )
-        model = make_model(config)  # first: encoding takes long, and a model that does not fit should be said before
+        frozen = pick_dtype(config.dtype, accelerator.device)
+        model = make_model(
+            config, frozen
+        )  # first: encoding takes long, and a model that does not fit should be said before
         sets, ratios, held_out = encoded_data(config, accelerator, folder)
         use_attention(model.transformer, config.attention)
-        store_frozen_in(model, pick_dtype(config.dtype, accelerator.device))
+        store_frozen_in(model, frozen)
         training = Training(config, accelerator, folder, held_out)
         learner = Learner(config, accelerator, model, training.resume())
         with Interruptions() as interruptions:

@@ -27,7 +27,7 @@ from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.families import family_of
 from drmcli.families.base import Conditioning, listening
-from drmcli.generator import denoiser_config, load_denoiser, quiet_libraries, read_index, use_attention
+from drmcli.generator import denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
 from drmcli.hub import explained
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source, read
@@ -228,14 +228,14 @@ def load(
             drop_layers=int(full["num_layers"]) - int(settings["num_transformer_layers"]),
             tap_layers=[int(i) - 1 for i in settings["visual_head_idx"]], backbone="frozen",
         )  # fmt: skip
-        denoiser = load_denoiser(family, base, revision=None, dtype=torch.float32)
-        model = DiNaLRM(config, denoiser, settings["reward_head"])
+        model = with_denoiser(
+            lambda denoiser: DiNaLRM(config, denoiser, settings["reward_head"]), family, base, revision=None, dtype=dtype, device=device
+        )  # fmt: skip
         model.load_head(folder / HEAD, name)
         if settings["use_lora"]:
             model.load_lora(folder / LORA, name)
     use_attention(model.transformer, attention)
-    if dtype != torch.float32:
-        model.transformer.to(dtype)
+    model.transformer.to(dtype)  # the adapter
     return model.eval().requires_grad_(False).to(device)
 
 

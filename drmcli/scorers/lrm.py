@@ -29,7 +29,15 @@ from drmcli.errors import InputError
 from drmcli.families.base import Conditioning, Family
 from drmcli.families.sdxl import FAMILY, UNet
 from drmcli.fingerprints import of_folder
-from drmcli.generator import Generator, load_part, quiet_libraries, read_index, use_attention
+from drmcli.generator import (
+    Generator,
+    denoiser_config,
+    load_part,
+    quiet_libraries,
+    read_index,
+    use_attention,
+    with_denoiser,
+)
 from drmcli.hub import explained
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source
@@ -213,7 +221,7 @@ class LRM(RewardModel):
         tokenizers = [AutoTokenizer.from_pretrained(place, subfolder=name) for name in names]
         kinds: list[Any] = [CLIPTextModel, CLIPTextModelWithProjection]
         encoders = [
-            load_part(kind, str(folder), name, revision=None, dtype=dtype).to(device).eval().requires_grad_(False)
+            load_part(kind, str(folder), name, revision=None, dtype=dtype, device=device).eval().requires_grad_(False)
             for kind, name in zip(kinds, ["text_encoder", "text_encoder_2"][: len(names)])
         ]
         vae = (
@@ -251,19 +259,19 @@ def load(
     """
     where = f"{flag} {ref}"
     with explained(ref, flag), quiet_libraries():
-        unet = load_part(FAMILY.denoiser_class, str(folder), "unet", revision=None, dtype=torch.float32)
-        large = unet.config.get("addition_embed_type") == "text_time"
+        full = denoiser_config(FAMILY, str(folder), None)
+        large = full.get("addition_embed_type") == "text_time"
         base, own_vae = BASES["lrm-sdxl" if large else "lrm-sd15"]
         config = RewardConfig(
-            base_model=base, transformer={k: v for k, v in dict(unet.config).items() if not k.startswith("_")},
+            base_model=base, transformer={k: v for k, v in full.items() if not k.startswith("_")},
             family=FAMILY.name, drop_layers=0, backbone="frozen",
         )  # fmt: skip
         projections = read_projections(folder / PROJECTIONS, where)
-        model = LRM(config, unet, projections)
+        model = with_denoiser(
+            lambda unet: LRM(config, unet, projections), FAMILY, str(folder), revision=None, dtype=dtype, device=device
+        )  # fmt: skip
         model.load_texts(folder, base, own_vae, large, projections, where, dtype, device)
     use_attention(model.transformer, attention)
-    if dtype != torch.float32:
-        model.transformer.to(dtype)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -1,0 +1,176 @@
+"""Weights from safetensors files into a model that has none yet: each tensor is read once, in its place, in the wanted number format.
+
+A model is first built without weights (`skeleton`), cut if it is to be cut, and filled with what it still has a place for (`fill`): what
+was cut away is never read, and there is no second copy of anything. Files are read, not mapped: mapped pages would count beside the
+tensors that are made of them until the file is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from drmcli.errors import InputError
+
+READERS = min(4, os.cpu_count() or 1)
+"""Tensors that are read at once: a read from the page cache keeps one core busy, a GPU's transfer another."""
+NAME = "diffusion_pytorch_model"
+"""Of a denoiser's files, without endings, as diffusers has it."""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def variant_of(where: str, name: str) -> str | None:
+    """The number format in the names of a local part's weights (`*.fp16.safetensors`), where there are no others."""
+    files = [f.name for f in (Path(where) / name).glob("*.safetensors")]
+    found = {v for f in files for v in ("fp16", "bf16", "fp8", "non_ema") if f".{v}." in f or f".{v}-0" in f}
+    plain = [f for f in files if not any(f".{v}" in f for v in found)]
+    return sorted(found)[0] if found and not plain else None
+
+
+def denoiser_files(where: str, name: str, revision: str | None) -> list[Path]:
+    """The files with a denoiser's weights, of a folder or fetched from the hub: one, or the shards that its index names.
+
+    Raises InputError for one that holds none.
+    """
+    folder = Path(where)
+    variant = variant_of(where, name) if folder.is_dir() else None
+    ending = f".{variant}" if variant else ""
+    if not folder.is_dir():
+        folder = Path(snapshot_download(where, revision=revision, allow_patterns=[f"{name}/*.json"]))
+    names = [f"{NAME}{ending}.safetensors"]
+    for index in (f"{NAME}.safetensors.index{ending}.json", f"{NAME}{ending}.safetensors.index.json"):
+        if (folder / name / index).is_file():
+            places = json.loads((folder / name / index).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+            break
+    if not Path(where).is_dir():
+        wanted = [f"{name}/{file}" for file in names]
+        folder = Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
+    files = [folder / name / file for file in names]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{where}: {name} has no {file.name}", hint="drm reads weights from safetensors only")
+    return files
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@contextmanager
+def opened(files: Sequence[Path]) -> Iterator[dict[str, Stored]]:
+    """The tensors of these files by name, none of which is read yet; readable inside."""
+    with ExitStack() as stack:
+        found: dict[str, Stored] = {}
+        for path in files:
+            file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+            for name in file.offset_keys():
+                found[name] = Stored(tuple(file.get_slice(name).get_shape()), _reader(file, name))
+        yield found
+
+
+def _reader(file: Any, name: str) -> Callable[[], Tensor]:
+    return lambda: file.get_tensor(name)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def skeleton(make: Callable[[], Any]) -> Any:
+    """The model that `make` makes, its weights on the meta device. Tables that its constructor computes and no file holds are real."""
+    with torch.device("meta"):
+        model = make()
+    if not _computes(model):
+        return model
+    hook: Any = _weightless  # PyTorch's annotation forgets that what it returns takes the parameter's place
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        return make()
+    finally:
+        handle.remove()
+
+
+def _weightless(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+def _computes(model: nn.Module) -> bool:
+    """Does a model on the meta device hold tensors that are in no file?"""
+    saved = model.state_dict().keys()
+    if any(name not in saved for name, _ in model.named_buffers()):
+        return True
+    plain = (v for m in model.modules() for k, v in vars(m).items() if k not in ("_parameters", "_buffers", "_modules"))
+    return any(
+        isinstance(t, Tensor) for value in plain for t in (value if isinstance(value, list | tuple) else [value])
+    )
+
+
+def fill(
+    model: nn.Module,
+    tensors: Mapping[str, Stored],
+    where: str,
+    *,
+    dtype: torch.dtype | Callable[[str], torch.dtype],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give a model the tensors that it has a place for, in this number format (one, or by name), on this device. Others are not read.
+
+    Raises InputError, beginning with `where`, for missing, misshapen and non-finite ones.
+    """
+    places = model.state_dict()
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise InputError(f"{where} lacks the weights of {missing[0]}", hint="download or build the model again")
+    for name, place in places.items():
+        if tensors[name].shape != tuple(place.shape):
+            raise InputError(
+                f"{where}: {name} has shape {list(tensors[name].shape)}, not {list(place.shape)}",
+                hint="its config.json and weights do not belong together; download or build the model again",
+            )
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name].read()
+        if not finite(tensor):
+            raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype(name) if callable(dtype) else dtype)
+        return tensor.to(device)
+
+    names = [name for name in tensors if name in places]
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, tensor in zip(names, pool.map(read, names)):
+            _assign(model, name, tensor)
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, last = name.split(".")
+    module = model.get_submodule(".".join(path))
+    if last in module._parameters:
+        old = module._parameters[last]
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+    else:
+        module._buffers[last] = tensor
+
+
+def finite(tensor: Tensor) -> bool:
+    """Are all numbers of a tensor finite? Its extremes tell, some fifty times faster than a look at each one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # eight bits: no extremes of these on a CPU
+        tensor = tensor.float()
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

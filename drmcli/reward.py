@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drmcli.cards import reward_card
 from drmcli.config import local_or_hub
+from drmcli.data.pictures import Picture, as_count, as_pictures, as_prompts, as_sigmas
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
 from drmcli.families.base import Conditioning, Family, latent_space, listening
@@ -111,7 +111,8 @@ class CutDenoiser(nn.Module):
 class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
     """A denoiser cut short and its head. `score` takes latents, `score_images` pictures.
 
-    Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, save with `save_pretrained`.
+    Make one with `from_generator`, load one with `from_pretrained(folder or hub id)`, or the embedded one with `tiny()`; save it with
+    `save_pretrained`.
     """
 
     picture_sigma = 0.25
@@ -249,6 +250,11 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         use_attention(model.transformer, attention)
         return model.eval().requires_grad_(False).to(device)
 
+    @classmethod
+    def tiny(cls, **options: Any) -> RewardModel:
+        """The reward model of the package, which knows coloured shapes: to try things with, offline. `options` as in `from_pretrained`."""
+        return cls.from_pretrained("{package}/tiny/weights/reward", **options)
+
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load what `saved_tensors` gave. Raises InputError for missing, surplus, misshapen or non-finite ones."""
         mine = self.saved_tensors()
@@ -327,24 +333,28 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     @torch.no_grad()
     def score_images(
         self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
+        images: Picture | Sequence[Picture],
+        prompts: str | Sequence[str],
         *,
-        sigmas: Sequence[float] = (0.25,),
+        sigmas: float | Sequence[float] = (0.25,),
         noise_samples: int = 4,
         seed: int = 0,
         batch_size: int = 32,
     ) -> Tensor:
-        """Scores [B, len(sigmas)] of B pictures for B prompts. Each picture and each prompt is encoded once.
+        """Scores [B, len(sigmas)] of B pictures, higher is better. Each picture and each prompt is encoded once.
 
-        noise_samples: draws averaged at each sigma above 0 (DiNa-LRM calls it a noise ensemble).
+        images: one or several, each a PIL picture, a path, an array [H, W, 3] or a tensor [3, H, W] (uint8, or floats from 0 to 1).
+        prompts: one text for all, or a text a picture. sigmas: from 0, clean, to 1, noise.
+        noise_samples: draws averaged at each sigma above 0 (DiNa-LRM calls it a noise ensemble). seed: of these draws.
+
+        Raises InputError, a DrmError, that says what was given in place of a picture, a text or a number, or how many of each.
         """
-        if len(images) != len(prompts):
-            raise InputError(f"{len(images)} images and {len(prompts)} prompts", hint="give a prompt an image")
-        resolution = self.config.resolution
+        as_prompts(prompts)  # before pictures are read, in case the two were given the wrong way round
+        pictures = as_pictures(images)
         return score_pictures(
-            self, self.generator(), images, prompts, sigmas, resolution=resolution, noise_samples=noise_samples, seed=seed,
-            batch_size=batch_size,
+            self, self.generator(), pictures, as_prompts(prompts, len(pictures)), as_sigmas(sigmas),
+            resolution=self.config.resolution, noise_samples=as_count(noise_samples, "noise_samples"),
+            seed=as_count(seed, "seed", least=0), batch_size=as_count(batch_size, "batch_size"),
         )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ from drmcli.files import atomic_folder, damage, guarded, home, read_object, seal
 from drmcli.signals import Interruptions
 
 __all__ = [
-    "Interruptions", "Reporter", "Run", "Silent", "atomic_folder", "checkpoint_folder", "default_folder", "environment", "guarded",
-    "latest_checkpoint", "open_run", "retire_checkpoints", "seal", "seed_of", "write_bytes", "write_text",
+    "SILENT", "Interruptions", "Reporter", "Run", "Silent", "atomic_folder", "checkpoint_folder", "default_folder", "environment",
+    "guarded", "latest_checkpoint", "open_run", "retire_checkpoints", "seal", "seed_of", "write_bytes", "write_text",
 ]  # fmt: skip
 
 FORGIVEN = {"out", "resume", "overwrite", "cache_dir", "no_cache", "fail_under"}
@@ -62,6 +62,9 @@ class Silent:
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
+
+
+SILENT = Silent()
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -49,10 +50,12 @@ print([m for m in {HEAVY!r} if m in sys.modules])
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_importing_the_package_imports_no_torch() -> None:
+def test_importing_the_package_imports_no_torch_and_prints_nothing() -> None:
     code = "import sys, drmcli; print('torch' in sys.modules); drmcli.RewardModel; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loud = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=loud)
     assert done.stdout.split() == ["False", "True"], done.stderr
+    assert done.stderr == ""
 
 
 def examples(text: str) -> list[list[str]]:

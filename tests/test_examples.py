@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_pairs
 from PIL import Image
 
 from drmcli.data.datasets import read
@@ -37,13 +38,17 @@ def test_stepwise_in_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert picture.size == (32, 32)
 
 
-def test_readme_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder with a picture and twelve pairs under the names that the page uses."""
+    write_pairs(tmp_path, 12)
+    Image.open("0-a.png").save("picture.png")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     whole = [block for block in blocks if "import" in block]
     assert whole
     for block in whole:
         exec(compile(block, "README.md", "exec"), {})
     assert "tensor" in capsys.readouterr().out
+    assert Path("runs/python/reward/model.safetensors").is_file()
 
 
 def test_comparison_of_sampling(

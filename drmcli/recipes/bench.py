@@ -30,7 +30,7 @@ from drmcli.plots import accuracy_by_noise, calibration_plot
 from drmcli.recipes import generated
 from drmcli.recipes.bench_tables import Opinion, summarize, write_scorers, write_tables
 from drmcli.recipes.pairs import LazyGenerator, PairScorer, encode_pairs, first_pairs, load_preferences
-from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
+from drmcli.run import SILENT, Interruptions, Reporter, Run, guarded, open_run
 from drmcli.scorers import Scorer, load_scorer, read_reference
 from drmcli.scorers.drm import RewardScorer
 
@@ -38,7 +38,7 @@ PART_ITEMS = 2048
 """Pictures scored between two part files."""
 
 
-def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
+def run(config: Bench, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Measure reward models and scorers on the same pairs, or a generator. Returns what summary.json holds."""
     if "," in config.dataset:
         return run_many(config, reporter)

@@ -28,7 +28,7 @@ from drmcli.files import guarded
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.recipes import sample
 from drmcli.recipes.generated import Part, lora_folder
-from drmcli.run import Interruptions, Reporter, Run, open_run, seed_of
+from drmcli.run import SILENT, Interruptions, Reporter, Run, open_run, seed_of
 from drmcli.scorers import Scorer, load_scorer, parse_term
 from drmcli.sheets import Block, Tile, note_of, sheet
 
@@ -40,7 +40,7 @@ SHARED = ("seed", "device", "dtype", "attention", "resolution", "generator", "re
 """What the drawing takes over."""
 
 
-def run(config: DataMake, reporter: Reporter) -> dict[str, Any]:
+def run(config: DataMake, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Draw, judge, write. Returns what summary.json holds."""
     prompts, terms = prompts_of(config), terms_of(config)
     with open_run("data-make", config, reporter) as folder:

@@ -23,7 +23,7 @@ from drmcli.plots import accuracy_by_noise
 from drmcli.recipes import bench, grpo, sample, train_reward
 from drmcli.report import Report
 from drmcli.reward import RewardModel
-from drmcli.run import Reporter, Run, guarded, open_run, write_text
+from drmcli.run import SILENT, Reporter, Run, guarded, open_run, write_text
 from drmcli.sheets import note_of
 from drmcli.tiny import world
 from drmcli.tiny.judge import judge
@@ -57,7 +57,7 @@ class Titled:
         self.inner.warn(f"{self.title}: {text}")
 
 
-def run(config: Demo, reporter: Reporter) -> dict[str, Any]:
+def run(config: Demo, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Tell the story. Returns what summary.json holds."""
     with open_run("demo", config, reporter) as folder:
         if folder.finished:

@@ -18,7 +18,7 @@ from drmcli.config import Export
 from drmcli.errors import InputError, MissingError
 from drmcli.files import atomic_folder, guarded, read_object
 from drmcli.hub import pushing
-from drmcli.run import Reporter
+from drmcli.run import SILENT, Reporter
 
 PRODUCTS = {"train-reward": ("reward",), "grpo": ("lora", "generator")}
 """What a command makes, by the folder in its run: the first that is there is exported."""
@@ -59,7 +59,7 @@ class Product:
         ]
 
 
-def run(config: Export, reporter: Reporter) -> dict[str, Any]:
+def run(config: Export, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Write the folder, push, or both. Returns what --json prints.
 
     Raises InputError for a run without a model, a target that is taken or a name that is none; MissingError without token, right or

@@ -46,7 +46,7 @@ from drmcli.recipes.alignment_plan import plan as plan
 from drmcli.recipes.checkpoints import finite
 from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator, summed
 from drmcli.refresh import continue_head
-from drmcli.run import Interruptions, Reporter, atomic_folder, guarded, open_run, seed_of
+from drmcli.run import SILENT, Interruptions, Reporter, atomic_folder, guarded, open_run, seed_of
 from drmcli.sampling import Search, sample
 
 RATIO_TOLERANCE = 1e-5
@@ -55,7 +55,7 @@ FLAWLESS = 0.9
 """Score of the judge from which on a picture counts as flawless in the figures of diversity; the world's judge goes from 0 to 1."""
 
 
-def run(config: Grpo, reporter: Reporter) -> dict[str, Any]:
+def run(config: Grpo, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Align a generator. Returns what summary.json holds."""
     refuse_sharding("grpo")
     if pick_dtype(config.dtype, pick_device(config.device)) == torch.float16:

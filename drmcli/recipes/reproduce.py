@@ -32,7 +32,7 @@ from drmcli.measure import paper
 from drmcli.measure.intervals import mean_ci
 from drmcli.recipes.generated import Part
 from drmcli.report import Report
-from drmcli.run import Reporter, Run, open_run, write_text
+from drmcli.run import SILENT, Reporter, Run, open_run, write_text
 from drmcli.scorers import load_scorer
 from drmcli.tiny import world
 
@@ -91,7 +91,7 @@ class Stage:
         )  # fmt: skip
 
 
-def run(config: Reproduce, reporter: Reporter) -> dict[str, Any]:
+def run(config: Reproduce, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Run the parts that are asked for. Returns what summary.json holds: `tables` (a row a figure), `left_out`, `report`."""
     with open_run("reproduce", config, reporter) as folder:
         if folder.finished:

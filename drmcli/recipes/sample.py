@@ -29,7 +29,7 @@ from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_
 from drmcli.recipes import methods
 from drmcli.recipes.chooser import load_scorers, share_blocks
 from drmcli.recipes.sheets import branch_tree
-from drmcli.run import Interruptions, Reporter, Run, guarded, open_run
+from drmcli.run import SILENT, Interruptions, Reporter, Run, guarded, open_run
 from drmcli.sampling import Candidates, Samples, Search, expected_calls, sample
 from drmcli.scorers import StateScorer
 from drmcli.scorers.combine import Combined, Term
@@ -53,7 +53,7 @@ class Job:
         return f"{self.number:06d}"
 
 
-def run(config: Sample, reporter: Reporter) -> dict[str, Any]:
+def run(config: Sample, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Draw what is asked. Returns what summary.json holds."""
     asked = config
     config = methods.settled(config, reporter.note)

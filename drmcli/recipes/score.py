@@ -19,12 +19,12 @@ from drmcli.data.text import cut, short
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.noise import score_clean
-from drmcli.run import Reporter, Run, open_run
+from drmcli.run import SILENT, Reporter, Run, open_run
 from drmcli.scorers import Scorer, load_scorer
 from drmcli.scorers.drm import RewardScorer
 
 
-def run(config: Score, reporter: Reporter) -> dict[str, Any]:
+def run(config: Score, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Score what is named. Returns what summary.json holds."""
     prompts = matched_prompts(config)
     with open_run("score", config, reporter) as folder:

@@ -42,12 +42,12 @@ from drmcli.recipes.pairs import (
 )
 from drmcli.recipes.reward_plan import pictures_in, plan
 from drmcli.results import Parts
-from drmcli.run import Interruptions, Reporter, Run, atomic_folder, guarded, open_run
+from drmcli.run import SILENT, Interruptions, Reporter, Run, atomic_folder, guarded, open_run
 
 __all__ = ["Batches", "check_sizes", "make_model", "micro_batches", "pictures_in", "plan", "run", "train"]
 
 
-def run(config: TrainReward, reporter: Reporter) -> dict[str, Any]:
+def run(config: TrainReward, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Train a reward model. Returns what summary.json holds."""
     refuse_sharding("train-reward", hint="launch without it, and split the weights by --set shard=true")
     accelerator = make_accelerator(config)

@@ -45,7 +45,8 @@ class UNet(Family):
 
     def __init__(self, facts: dict[str, Any] | None = None):
         facts = {k: v for k, v in (facts or {}).items() if k in self.scheduler_facts}
-        process = DDIMScheduler.from_config(PROCESS | facts)
+        with torch.device("cpu"):  # a memory plan makes its models on the meta device
+            process = DDIMScheduler.from_config(PROCESS | facts)
         self.predicts_noise = process.config.prediction_type == "epsilon"
         self.table = _sigma(process.alphas_cumprod.double())
         """[times] the sigma of each time, rising."""

@@ -126,7 +126,11 @@ class Models:
         if generator.passes(self.negative, scale) == 1:
             return v.unflatten(0, x.shape[:2])
         self.calls.generator += len(rows)
-        u = self.in_batches(lambda i: generator.velocity(flat[i], sigma, self.negative[torch.zeros_like(i)]), len(rows))
+
+        def opposed(i: Tensor) -> Tensor:
+            return generator.velocity(flat[i], sigma, self.negative[torch.zeros_like(i)], None, scale)
+
+        u = self.in_batches(opposed, len(rows))
         return generator.family.guide(v, u, scale).unflatten(0, x.shape[:2])
 
     def in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:

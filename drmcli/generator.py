@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
 from drmcli.families import family_of
-from drmcli.families.base import Conditioning, Family, latent_space
+from drmcli.families.base import Conditioning, Family, check_negative, latent_space
 from drmcli.fingerprints import of_parts, reach
 from drmcli.hub import explained, quiet_hub
 from drmcli.loading import denoiser_files, fill, finite, opened, skeleton, variant_of
@@ -223,7 +223,11 @@ class Generator:
 
     @torch.no_grad()
     def encode_negative(self, prompt: str, guidance_scale: float) -> Conditioning | None:
-        """A negative prompt's conditioning, one row; None where this scale takes no second pass."""
+        """A negative prompt's conditioning, one row; None where this scale takes no second pass.
+
+        Raises InputError for one that is not empty and that nothing would read.
+        """
+        check_negative(self.family, self.model_config, prompt, guidance_scale)
         if not self.family.guides(self.model_config, guidance_scale):
             return None
         return self.family.encode_negative(self.pipe, prompt, self.max_sequence_length)

@@ -409,7 +409,7 @@ def expected_calls(search: Search, sigmas: Tensor, *, trace: bool = False, guide
     other than 1 does)? See `Family.guides`.
     """
     calls, total = Calls(), len(sigmas) - 1
-    each = 1 + (search.guidance_scale != 1.0 if guided is None else guided)
+    each = 1 + (search.guidance_scale > 1 if guided is None else guided)
 
     def down(way: Search, first: int, n: int) -> tuple[int, bool]:
         """Ends of a way down, and whether the last step has judged the only one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import tiny_sana
 import tiny_z_image
 import torch
 from safetensors.torch import load_file
-from tiny_pipelines import PIPELINES, Tiny
+from tiny_pipelines import PIPELINES, Tiny, packed
 from torch import Tensor
 
 from drmcli.errors import InputError
@@ -103,6 +104,30 @@ def test_velocity_and_schedule_are_the_pipelines(generator: Generator, tiny: Tin
     search = Search(num_inference_steps=3, guidance_scale=scale, step_rule="ode")
     drawn = sample(generator, None, cond, None, [5], search, negative=negative, shape=shape)
     torch.testing.assert_close(drawn.latents, tiny.canonical(end, size), atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_pass_beside_guidance_that_is_an_input(generator: Generator, tiny: Tiny) -> None:
+    """FLUX.1 with `true_cfg_scale` and a negative prompt; others say that there is none."""
+    if generator.family.name != "flux":
+        with pytest.raises(InputError, match="--true-cfg-scale: this generator takes no second pass"):
+            generator.family.with_true_cfg(2.0)
+        return
+    with pytest.raises(InputError, match="--negative-prompt: --guidance-scale 3 makes no second pass"):
+        generator.encode_negative(PROMPTS[1], 3.0)
+    both = {"guidance_scale": 3.0, "true_cfg_scale": 2.5, "negative_prompt": PROMPTS[1]}
+    seen, end = pipeline_run(generator, replace(tiny, guided=both), 3, True)
+    other = Generator(generator.pipe, generator.ref, revision=None, max_sequence_length=tiny.length)
+    other.family = generator.family.with_true_cfg(2.5)
+    shape = other.latent_shape(*tiny.size)
+    cond, negative = other.encode_prompts(PROMPTS[:1]), other.encode_negative(PROMPTS[1], 3.0)
+    output, _, x = seen[0]
+    mine = other.velocity(packed(x, shape[1:]), 1.0, cond, negative, 3.0)
+    torch.testing.assert_close(mine, packed(output, shape[1:]), atol=1e-4, rtol=1e-4)
+    assert (mine - generator.velocity(packed(x, shape[1:]), 1.0, cond, None, 3.0)).abs().max() > 1e-3
+    search = Search(num_inference_steps=3, guidance_scale=3.0, step_rule="ode")
+    drawn = sample(other, None, cond, None, [5], search, negative=negative, shape=shape)
+    torch.testing.assert_close(drawn.latents, packed(end, shape[1:]), atol=1e-4, rtol=1e-4)
+    assert drawn.calls.generator == 2 * 3
 
 
 def test_guidance_and_prompts_matter(generator: Generator, tiny: Tiny) -> None:

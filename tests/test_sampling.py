@@ -37,12 +37,12 @@ def reward(reward_folder: Path) -> RewardModel:
 def draw(generator: Generator, reward: RewardModel | None, seeds=(0, 1, 2), prompts=None, **search: object):
     prompts = prompts or PROMPTS[: len(seeds)]
     cond = generator.encode_prompts(prompts)
-    negative = generator.encode_prompts([""]) if search.get("guidance_scale", 1.0) != 1.0 else None
+    negative = generator.encode_prompts([""]) if search.get("guidance_scale", 1.0) > 1 else None
     options = Search(**({"num_inference_steps": 5} | search))  # type: ignore[arg-type]
     return sample(generator, reward, cond, cond, list(seeds), options, negative=negative, shape=SHAPE)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("mode", ["plain", "stepwise"])
 def test_noise_level_zero_is_the_diffusers_pipeline(
     generator: Generator, reward: RewardModel, mode: str, guidance: float
@@ -59,6 +59,24 @@ def test_noise_level_zero_is_the_diffusers_pipeline(
     vae = generator.pipe.vae.config
     torch.testing.assert_close(ours.latents, theirs, atol=1e-4, rtol=0)
     assert vae.scaling_factor
+
+
+def test_a_shift_with_the_resolution_is_the_pipelines(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tokens of the picture, at its own size and at another."""
+    scheduler = type(generator.pipe.scheduler).from_config(generator.pipe.scheduler.config, use_dynamic_shifting=True)
+    monkeypatch.setattr(generator.pipe, "scheduler", scheduler)
+    levels = set()
+    for height, width in ((32, 32), (16, 24)):
+        shape = generator.latent_shape(height, width)
+        theirs = generator.pipe(
+            PROMPTS[0], height=height, width=width, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=1,
+            generator=torch.Generator().manual_seed(0), output_type="latent",
+        ).images  # fmt: skip
+        options = Search(num_inference_steps=4, step_rule="ode")
+        ours = sample(generator, None, generator.encode_prompts(PROMPTS[:1]), None, [0], options, shape=shape)
+        torch.testing.assert_close(ours.latents, theirs, atol=1e-4, rtol=0)
+        levels.add(float(generator.sigmas(4, shape[1:])[1]))
+    assert len(levels) == 2
 
 
 def test_sigmas_are_the_schedulers(generator: Generator) -> None:
@@ -300,6 +318,8 @@ def test_without_a_reward_model(tmp_path: Path, drm) -> None:
         (["x", "--mode", "fastest"], "--mode"),
         (["x", "--beams", "0"], "--beams"),
         (["x", "--prompts", "gone.txt"], "cannot be read"),
+        (["x", "--negative-prompt", "a blue square"], "--negative-prompt: --guidance-scale 1 makes no second pass"),
+        (["x", "--true-cfg-scale", "3"], "--true-cfg-scale: this generator takes no second pass"),
     ],
 )
 def test_bad_input(args: list[str], says: str, drm) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 CHAT = (
@@ -116,15 +117,11 @@ def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:
     return diffusers.FluxPipeline._unpack_latents(latents, *size, vae_scale_factor=1)
 
 
-def klein() -> Any:
-    """FLUX.2 klein base, not distilled. It hands out its latents decoded half-way, see `klein_latents`."""
-    config = transformers.Qwen3Config(
-        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=8,
-    )  # fmt: skip
+def flux2_parts(guided: bool) -> dict[str, Any]:
+    """Scheduler, VAE and transformer of FLUX.2; guided: is the guidance scale an input?"""
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guided,
     )  # fmt: skip
     made = diffusers.AutoencoderKLFlux2(
         latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False,
@@ -132,15 +129,40 @@ def klein() -> Any:
     )  # fmt: skip
     made.bn.running_mean.fill_(0.3)
     made.bn.running_var.fill_(2.0)
-    return diffusers.Flux2KleinPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=made,
-        text_encoder=transformers.Qwen3ForCausalLM(config), tokenizer=tokenizer(),
-        transformer=shaken(transformer, "context_embedder"),
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return {"scheduler": scheduler, "vae": made, "transformer": shaken(transformer, "context_embedder")}
+
+
+def klein() -> Any:
+    """FLUX.2 klein base, not distilled. It hands out its latents decoded half-way, see `flux2_latents`."""
+    config = transformers.Qwen3Config(
+        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8,
     )  # fmt: skip
+    encoder = transformers.Qwen3ForCausalLM(config)
+    return diffusers.Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer(), **flux2_parts(guided=False))
 
 
-def klein_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens, or what the pipeline returns: latents unfolded and with the VAE's statistics."""
+def flux2() -> Any:
+    """FLUX.2 dev: Mistral 3, of which layers 10, 20 and 30 are read. Its long system message is three tokens here."""
+    config = transformers.Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": 99, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 30,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "head_dim": 8, "image_size": 16, "patch_size": 8,
+        },
+    )  # fmt: skip
+    reads = tokenizer()
+    reads.backend_tokenizer.normalizer = normalizers.Replace(SYSTEM_MESSAGE, "~~~")
+    encoder = transformers.Mistral3ForConditionalGeneration(config)
+    return diffusers.Flux2Pipeline(text_encoder=encoder, tokenizer=reads, **flux2_parts(guided=True))
+
+
+def flux2_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens, or what klein returns: latents unfolded and with the VAE's statistics."""
     if latents.ndim == 3:
         return latents.transpose(1, 2).unflatten(2, size)
     return (torch.nn.functional.pixel_unshuffle(latents, 2) - 0.3) / (2.0 + 1e-4) ** 0.5
@@ -201,7 +223,8 @@ def from_v(output: Tensor, state: Tensor, sigma: float) -> Tensor:
 
 PIPELINES = {
     "flux": Tiny(flux, call={"max_sequence_length": 24}, canonical=packed),
-    "flux2": Tiny(klein, call={"max_sequence_length": 24}, canonical=klein_latents),
+    "flux2": Tiny(flux2, call={"max_sequence_length": 24}, canonical=flux2_latents),
+    "flux2_klein": Tiny(klein, call={"max_sequence_length": 24}, canonical=flux2_latents),
     "sdxl": Tiny(
         sdxl, call={"original_size": (128, 192), "target_size": (128, 192)}, state=euler_state, velocity=from_noise
     ),

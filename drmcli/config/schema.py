@@ -293,6 +293,8 @@ class Sample(Common, Drawing):
     """Steps from noise to picture."""
     guidance_scale: Guidance = 1.0
     """Classifier-free guidance; 1 is without."""
+    true_cfg_scale: Guidance = 1.0
+    """Of FLUX.1, whose guidance_scale is an input: a second pass with the negative prompt on top; 1 is none."""
     step_rule: Literal["ode", "flow-sde", "dance-sde", "cps"] | None = None
     """Step; None is cps where the mode needs noise, else ode."""
     noise_level: Annotated[float, Field(ge=0, le=2)] = 0.9

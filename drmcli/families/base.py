@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from drmcli.errors import InputError
 from drmcli.families.conditioning import Conditioning
 
 
@@ -245,6 +246,8 @@ class Family:
         """What the forward returned (return_dict=False) as v [B, C, H, W], float32."""
         return output[0].float()
 
+    second_pass = "raise --guidance-scale above 1"
+    """How to get one, in a hint."""
     default_guidance = 1.0
     """Of models that take it as an input: what a reward model on them is told where nothing else is asked."""
 
@@ -254,7 +257,14 @@ class Family:
 
     def guides(self, config: dict[str, Any], scale: float) -> bool:
         """Does this guidance scale ask for a second pass, with a negative prompt?"""
-        return scale != 1.0
+        return scale > 1
+
+    def with_true_cfg(self, scale: float) -> Family:
+        """This family with a second pass at this scale, beside a guidance scale that is an input. Raises InputError where there is none."""
+        raise InputError(
+            "--true-cfg-scale: this generator takes no second pass beside --guidance-scale",
+            hint="leave it out; --guidance-scale is the scale of the second pass where there is one",
+        )
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         """The pipeline's own rule: v [B, C, H, W] from the velocities with the prompt and with the negative one."""
@@ -356,6 +366,15 @@ def _order_metadata(file: Path) -> None:
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a denoiser's latents and embeddings are cast to: that of its first layer, whatever a LoRA's is."""
     return next(model.parameters()).dtype
+
+
+def check_negative(family: Family, config: dict[str, Any], prompt: str, scale: float) -> None:
+    """Raises InputError for a negative prompt that is not empty and that no second pass reads."""
+    if prompt and not family.guides(config, scale):
+        raise InputError(
+            f"--negative-prompt: --guidance-scale {scale:g} makes no second pass, which alone reads it",
+            hint=f"{family.second_pass}, or leave the negative prompt out",
+        )
 
 
 def latent_space(family: Family, config: dict[str, Any]) -> tuple[str, int]:

@@ -1,11 +1,13 @@
 """FLUX.1, dev and schnell: FluxPipeline, CLIP's pooled text and T5, double blocks and then single ones.
 
-dev is distilled for guidance: the scale is an input of the model, and there is no second pass. schnell takes none. The transformer
+dev is distilled for guidance: the scale is an input of the model. schnell takes none. A second pass with a negative prompt
+(`true_cfg_scale` in the pipeline) comes on top where it is asked for, and both passes are told the same guidance scale. The transformer
 wants tokens of 2 x 2 latent pixels; the canonical latents are the unpacked ones.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ class Flux(Family):
     text_outputs = ("ff_context", "attn.to_add_out")
     steps_in_scheduler = False
     default_guidance = 3.5
+    second_pass = "raise --true-cfg-scale above 1"
+    true_cfg_scale = 1.0
+    """Of the second pass; 1 is none."""
 
     def depth(self, config: dict[str, Any]) -> int:
         return int(config["num_layers"]) + int(config["num_single_layers"])
@@ -68,8 +73,16 @@ class Flux(Family):
     def takes_guidance(self, config: dict[str, Any]) -> bool:
         return bool(config["guidance_embeds"])
 
+    def with_true_cfg(self, scale: float) -> Flux:
+        made = copy(self)
+        made.true_cfg_scale = scale
+        return made
+
     def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return False
+        return self.true_cfg_scale > 1
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        return super().guide(with_prompt, without, self.true_cfg_scale)
 
     def inputs(
         self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None

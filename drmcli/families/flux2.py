@@ -29,6 +29,7 @@ class Flux2(Family):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     text_outputs = ("ff_context", "attn.to_add_out")
     steps_in_scheduler = False
+    second_pass = "take klein base, with --guidance-scale above 1"
     default_guidance = 4.0
     folds = 2
     pipeline_facts = ("is_distilled",)
@@ -55,7 +56,16 @@ class Flux2(Family):
 
     def truncated(self, pipe: Any, prompt: str, max_sequence_length: int) -> bool:
         tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # dev's is a processor
-        return len(tokenizer(prompt, truncation=False).input_ids) > max_sequence_length
+        if hasattr(pipe, "system_message"):  # of dev
+            said = {"system": pipe.system_message, "user": prompt}
+            chat = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in said.items()]
+            text = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
+        else:
+            chat = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        return len(tokenizer(text, truncation=False).input_ids) > max_sequence_length
 
     def encode_images(self, pipe: Any, pixels: Tensor) -> Tensor:
         vae = pipe.vae

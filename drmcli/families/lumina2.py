@@ -67,9 +67,6 @@ class Lumina2(Family):
         mu = linear_mu(config, self.channels(pipe.transformer.config))
         return flow_sigmas(config, num_inference_steps, even=True, mu=mu)
 
-    def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return scale > 1
-
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         """Brought back to the length of the prompt's velocity along each row of latent pixels, as the pipeline does."""
         guided = super().guide(with_prompt, without, scale)

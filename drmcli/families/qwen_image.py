@@ -72,9 +72,6 @@ class QwenImage(Family):
         config = pipe.scheduler.config
         return flow_sigmas(config, num_inference_steps, even=True, mu=linear_mu(config, size[0] * size[1] // 4))
 
-    def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return scale > 1
-
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         size = with_prompt.shape[2], with_prompt.shape[3]
         c, u = pack(with_prompt), pack(without)

@@ -71,9 +71,6 @@ class Sana(Family):
         scheduler.set_timesteps(num_inference_steps)
         return scheduler.sigmas.float()
 
-    def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return scale > 1
-
     def inputs(
         self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None
     ) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from drmcli.errors import InputError
-from drmcli.families.base import Conditioning, Family, input_dtype
+from drmcli.families.base import Conditioning, Family, flow_sigmas, input_dtype, linear_mu
 
 
 class SD3(Family):
@@ -51,11 +50,11 @@ class SD3(Family):
         return all(len(tokenizer(prompt, truncation=False).input_ids) > room for tokenizer, room in rooms)
 
     def sigmas(self, pipe: Any, num_inference_steps: int, size: tuple[int, int]) -> Tensor:
-        if pipe.scheduler.config.use_dynamic_shifting:
-            raise InputError(
-                "--generator: its scheduler shifts with the resolution", hint="set use_dynamic_shifting to false"
-            )
-        return super().sigmas(pipe, num_inference_steps, size)
+        h, w = self.grid(pipe.transformer.config, size)
+        config = pipe.scheduler.config
+        return flow_sigmas(
+            config, num_inference_steps, mu=linear_mu(config, h * w)
+        )  # mu is read by a shift with the resolution
 
     def inputs(
         self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None

@@ -151,9 +151,6 @@ class UNet(Family):
         alpha, noise, state = (1 - s) / n, s / n, latents / n
         return (noise * state + alpha * predicted) - (alpha * state - noise * predicted)
 
-    def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return scale > 1.0
-
     # --- features ---------------------------------------------------------------------------------------------------------------
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:

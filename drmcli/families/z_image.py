@@ -73,9 +73,6 @@ class ZImage(Family):
         config = pipe.scheduler.config
         return flow_sigmas(config, num_inference_steps, even=True, mu=linear_mu(config, size[0] * size[1] // 4))
 
-    def guides(self, config: dict[str, Any], scale: float) -> bool:
-        return scale > 1
-
     def inputs(
         self, model: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None
     ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from drmcli.calls import Calls, States
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
 from drmcli.errors import InputError
+from drmcli.families.base import check_negative
 from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.recipes import methods
@@ -163,6 +164,9 @@ class Studio:
             max_sequence_length=config.max_sequence_length,
             attention=config.attention,
         )
+        if config.true_cfg_scale > 1:
+            generator.family = generator.family.with_true_cfg(config.true_cfg_scale)
+        check_negative(generator.family, generator.model_config, config.negative_prompt, config.guidance_scale)
         shape = latent_shape(config, generator)
         scorers = load_scorers(config, device, dtype, generator)
         if not scorers and (config.mode != "plain" or config.refine or config.tune):
@@ -234,6 +238,7 @@ class Studio:
                 "refine",
                 "steps",
                 "guidance_scale",
+                "true_cfg_scale",
                 "noise_level",
                 "generator",
                 "reward",
@@ -388,6 +393,9 @@ def plan(config: Sample) -> dict[str, Any]:
     config = methods.settled(config, decided.append)
     prompts = [] if config.tune else checked_prompts(config)
     known = describe_generator(config)
+    if config.true_cfg_scale > 1:
+        known.family = known.family.with_true_cfg(config.true_cfg_scale)
+    check_negative(known.family, known.transformer, config.negative_prompt, config.guidance_scale)
     guided = known.family.guides(known.transformer, config.guidance_scale)
     calls = expected_calls(methods.search_of(config), schedule(config.steps), trace=config.trace, guided=guided)
     return {

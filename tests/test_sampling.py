@@ -301,7 +301,44 @@ def test_interrupted_goes_on(reward_folder: Path, tmp_path: Path, drm, monkeypat
 def test_without_a_reward_model(tmp_path: Path, drm) -> None:
     result = drm("sample", PROMPTS[0], "--reward", "none", "--steps", "2", "--json")
     assert result.json["images"][0]["score"] is None
-    assert drm("sample", PROMPTS[0], "--reward", "none", "--stepwise").code == 2
+
+
+def test_a_preset_without_a_reward_model_draws(tmp_path: Path, generator_folder: Path, drm) -> None:
+    """Plain sampling needs no scorer: none of the presets of real models has one."""
+    sets = ["--preset", "sd35-medium", "--generator", generator_folder, "--resolution", "32", "--steps", "2", "--json"]
+    sets += ["--set", "max_sequence_length=1", "--guidance-scale", "1"]
+    result = drm("sample", PROMPTS[0], *sets, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert result.json["images"][0]["score"] is None and result.json["reward_calls"] == 0
+    plan = drm("sample", PROMPTS[0], *sets, "--dry-run").json["plan"]
+    assert plan["scores a picture, about"] == 0
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        ("sample x --stepwise", "--mode stepwise"),
+        ("sample x --stepwise --reward none", "--mode stepwise"),
+        ("sample x --mode best-of-n --starts 2", "--mode best-of-n"),
+        ("sample x --mode auto --budget 30", "--mode auto"),
+        ("sample x --refine 1", "--refine"),
+        ("sample --tune prompts.txt", "--tune"),
+        ("score a.png --prompt x", "--reward"),
+        ("bench", "--reward"),
+        ("grpo", "--reward"),
+        ("grpo --dry-run", "--reward"),
+    ],
+)
+def test_a_missing_scorer_is_told_before_anything_is_loaded(
+    words: str, flag: str, tmp_path: Path, drm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").touch()
+    (tmp_path / "prompts.txt").write_text("a circle")
+    monkeypatch.setattr(Generator, "load", lambda *a, **k: pytest.fail("a generator is loaded"))
+    result = drm(*words.split(), "--preset", "sd35-medium", "--out", "run")
+    assert result.code == 2 and result.err.startswith(f"error: {flag}: "), result.err
+    assert "hint: give --reward" in result.err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,29 @@ def check(command: str, config: Any) -> None:
             _scorer(item, flag, weighed=key == "add_rewards")
     if lora := getattr(config, "lora", None):
         _path(lora, "--lora")
-    {"score": _score, "bench": _bench, "train-reward": _train, "grpo": _grpo}.get(command, lambda config: None)(config)
+    _has_scorer(command, config)
+    {"score": _score, "sample": _sample, "bench": _bench, "train-reward": _train, "grpo": _grpo}.get(
+        command, lambda config: None
+    )(config)
+
+
+def _has_scorer(command: str, config: Any) -> None:
+    """Raises InputError where something must be scored and neither the command nor the preset names what scores."""
+    from drmcli.scorers import SCORER_HINT
+
+    ref = getattr(config, "reward", "none")
+    if command == "sample" and config.chooses and ref in ("", "none"):
+        raise InputError(f"{config.chooses}: needs a scorer", hint=SCORER_HINT)
+    measured = command == "bench" and (config.scorers or config.against or config.dataset == "geneval")
+    if not ref and command in ("score", "grpo", "bench", "serve") and not measured:
+        raise InputError(f"--reward: preset {config.preset} has none, and none is named", hint=SCORER_HINT)
+
+
+def _sample(config: Any) -> None:
+    if config.tune:
+        from drmcli.data.prompts import read_prompts
+
+        read_prompts(package_path(config.tune), flag="--tune")
 
 
 def _score(config: Any) -> None:

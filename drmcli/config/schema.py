@@ -326,6 +326,12 @@ class Sample(Common, Drawing):
     trace: bool = False
     """Draw the tree of candidates."""
 
+    @property
+    def chooses(self) -> str:
+        """The flag of what needs a scorer to choose by; empty where pictures are drawn plainly."""
+        ways = ((self.tune, "--tune"), (self.refine, "--refine"), (self.mode != "plain", f"--mode {self.mode}"))
+        return next((flag for asked, flag in ways if asked), "")
+
 
 @dataclass(config=strict, kw_only=True)
 class Demo:

@@ -27,7 +27,7 @@ from drmcli.generator import DTYPES
 from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.run import Interruptions, Run, write_text
 from drmcli.sampling import Search
-from drmcli.scorers import Scorer, load_scorer
+from drmcli.scorers import SCORER_HINT, Scorer, load_scorer
 
 if TYPE_CHECKING:
     from drmcli.recipes.sample import Studio
@@ -109,6 +109,10 @@ def settled(config: Sample, note: Callable[[str], None]) -> Sample:
             f"--mode {config.mode} --beams {config.beams}: trajectories are --starts now; --beams are candidates a step"
         )
         config = replace(config, starts=config.beams)
+    if config.reward in ("", "none"):
+        if config.chooses:
+            raise InputError(f"{config.chooses}: needs a scorer", hint=SCORER_HINT)
+        config = replace(config, reward="none")  # plain sampling does without, where the preset has none
     if config.mode != "auto":
         return config
     table, where = read_table(config)
@@ -183,7 +187,7 @@ def tune(config: Sample, folder: Run, studio: Studio) -> dict[str, Any]:
 
     Interrupted between two methods, it goes on.
     """
-    prompts = read_prompts(str(config.tune))
+    prompts = read_prompts(str(config.tune), flag="--tune")
     judge = None
     if config.judge == "none":
         folder.warn(

@@ -169,9 +169,6 @@ class Studio:
         check_negative(generator.family, generator.model_config, config.negative_prompt, config.guidance_scale)
         shape = latent_shape(config, generator)
         scorers = load_scorers(config, device, dtype, generator)
-        if not scorers and (config.mode != "plain" or config.refine or config.tune):
-            what = "--tune" if config.tune else "--refine" if config.refine else f"--mode {config.mode}"
-            raise InputError(f"{what}: needs a scorer", hint="leave out --reward none")
         for term in scorers:
             term.scorer.check_prompts(config.prompts)
             if isinstance(term.scorer, RewardScorer) and (warning := term.scorer.share_encoders(generator)):

@@ -125,6 +125,10 @@ NAMES = {name: named.about for name, named in TABLE.items()}
 """Name of each scorer and one line on it."""
 
 
+SCORER_HINT = "give --reward: a reward model's folder or hub id, or a name such as pickscore"
+"""Where nothing is named that scores."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a text that names a scorer means."""

@@ -21,6 +21,7 @@ from drmcli.cli import (
     doctor,
     export,
     grpo,
+    onward,
     reproduce,
     sample,
     score,
@@ -134,6 +135,8 @@ def invoke(argv: list[str]) -> int:
             told = explain(found)
             if told.message:
                 show_error(told.message, told.hint)
+            elif isinstance(found, typer.TyperException):  # the help page of words alone
+                onward.say(onward.ALONE.get(tuple(argv)))
             code = told.code
         if fault := out.close():
             show_error(f"stdout: cannot be written: {fault}", "what a run has made is in its folder: drm show")

@@ -19,6 +19,7 @@ def list_presets(as_json: o.Json = False) -> None:
 
       drm config list
     """
+    from drmcli.cli import onward
     from drmcli.cli.output import show_json, stdout
     from drmcli.cli.render import table
     from drmcli.config import preset_names, preset_text
@@ -31,6 +32,7 @@ def list_presets(as_json: o.Json = False) -> None:
     for name, text in about.items():
         made.add_row(name, text)
     stdout().print(made)
+    onward.say(["drm", "config", "show", "tiny"])
 
 
 @app.command("show")

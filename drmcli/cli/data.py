@@ -29,6 +29,7 @@ def list_datasets(as_json: o.Json = False) -> None:
 
       drm data list
     """
+    from drmcli.cli import onward
     from drmcli.cli.output import show_json, stdout
     from drmcli.cli.render import table
     from drmcli.data.datasets import DATASETS
@@ -47,6 +48,7 @@ def list_datasets(as_json: o.Json = False) -> None:
     for name, d in DATASETS.items():
         made.add_row(name, d.size, d.licence + (", gated" if d.gated else ""), ", ".join(d.splits), d.description)
     stdout().print(made)
+    onward.say(["drm", "data", "get", "hpdv2"])
 
 
 @app.command("get")
@@ -68,6 +70,7 @@ def get(
     """
     from pathlib import Path
 
+    from drmcli.cli import onward
     from drmcli.cli.output import Screen, show_json
     from drmcli.recipes import data as recipe
 
@@ -77,6 +80,8 @@ def get(
         show_json(found)
     else:
         print(found["folder"])
+        if not quiet:
+            onward.say(onward.after_fetch(name, found["folder"], found["split"]))
 
 
 @app.command("check")
@@ -107,8 +112,10 @@ def check(
 
       drm data check hpdv2 --data-dir ~/HPDv2 --split test --against-split train
     """
+    from drmcli.cli import onward
     from drmcli.cli.output import Screen, show_json, stdout
     from drmcli.cli.render import table
+    from drmcli.data.datasets import DATASETS
     from drmcli.recipes import data as recipe
 
     with Screen(quiet=quiet or as_json) as screen:
@@ -130,5 +137,7 @@ def check(
                 some = value[:3] if isinstance(value, list) else value
                 made.add_row(key, f"{len(value)}: {some}" if isinstance(value, list) and value else str(value or 0))
         stdout().print(made)
+        if found["ok"]:
+            onward.say(onward.after_check(path, data_dir, split, published=path in DATASETS))
     if not found["ok"]:
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +38,9 @@ def label(
       drm data label mine --active runs/reward/reward --limit 300
     """
     from drmcli import config as configs
+    from drmcli.cli import onward
     from drmcli.cli.output import Screen, show_json, stdout
+    from drmcli.files import read_object
     from drmcli.recipes import data_label as recipe
 
     options = {"folder": folder, "port": port, "host": host, "active": active, "limit": limit, "seed": seed}
@@ -55,6 +58,7 @@ def label(
         print(summary["run"])
     else:
         agreed = "" if summary["agreement"] is None else f", labellers agree on {summary['agreement']:.0f} %"
-        stdout().print(
-            f"{summary['n_pairs']} pairs{agreed}; next: drm train-reward --data {summary['data']}", markup=False
+        stdout().print(f"{summary['n_pairs']} pairs{agreed}: {summary['data']}")
+        onward.say(
+            onward.after("data-label", summary, read_object(Path(folder) / "config.yaml", f"DIR {folder}") or {})
         )

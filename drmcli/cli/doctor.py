@@ -26,6 +26,7 @@ def doctor(
 
       drm doctor --markdown
     """
+    from drmcli.cli import onward
     from drmcli.cli.output import plain, show_json, stdout
     from drmcli.cli.render import table
     from drmcli.recipes import doctor as recipe
@@ -47,5 +48,7 @@ def doctor(
             made.add_row(check["state"], check["what"], check["found"], check["remedy"], style=style)
         stdout().print(made)
         stdout().print(versions)
+        if found["ok"]:
+            onward.say(onward.after_doctor(preset or "tiny"))
     if not found["ok"]:
         raise typer.Exit(1)

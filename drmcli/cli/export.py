@@ -28,8 +28,8 @@ def export(
       drm export runs/aligned/lora-last --push owner/aligned --public
     """
     from drmcli import config as configs
-    from drmcli.cli import render
-    from drmcli.cli.output import Screen, show_json, stderr
+    from drmcli.cli import onward, render
+    from drmcli.cli.output import Screen, show_json
 
     flags = {k: v for k, v in options.items() if k not in o.NOT_CONFIG}
     resolved = configs.resolve("export", flags=flags | {"run": run})
@@ -48,4 +48,4 @@ def export(
         print(summary.get("url") or summary["to"])
     else:
         render.export(summary)
-        stderr().print(f"next: {render.NEXT['export'](summary)}")
+        onward.say(onward.after("export", summary, {}))

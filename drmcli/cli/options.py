@@ -219,8 +219,8 @@ def execute(command: str, options: dict[str, Any]) -> None:
     from importlib import import_module
 
     from drmcli import config as configs
-    from drmcli.cli import inputs, render
-    from drmcli.cli.output import Screen, show_json, stderr
+    from drmcli.cli import inputs, onward, render
+    from drmcli.cli.output import Screen, show_json
 
     flags = {k: v for k, v in options.items() if k not in NOT_CONFIG}
     config = configs.resolve(
@@ -247,8 +247,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
         print(summary["run"])
     else:
         render.SUMMARIES[command](summary)
-        if command in render.NEXT:
-            stderr().print(f"next: {render.NEXT[command](summary)}")
+        onward.say(onward.after(command, summary, configs.to_dict(config)))
     limit = getattr(config, "fail_under", None)
     if limit is not None and summary["accuracy"] < limit:
         from drmcli.errors import RunError

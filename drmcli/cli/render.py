@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,7 +254,6 @@ def methods(s: dict[str, Any]) -> None:
     console.print(made)
     console.print("cost: forward passes of the generator a picture; less: the dearest best-of-N that costs no more")
     console.print(f"{s['seconds']:.0f} s on {s['device']}")
-    console.print(f"next: drm sample PROMPT --mode auto --budget FORWARDS --methods {s['table']}")
 
 
 def _interval(ends: list[float] | None) -> str:
@@ -338,13 +336,10 @@ def data_make(s: dict[str, Any]) -> None:
         made.add_row(name, f"{value:.4f}")
     console.print(made)
     console.print(f"{s['n_pairs']} pairs, {s['n_ties']} of them ties; contact sheet: {s['sheet']}", markup=False)
-    if s["label"] == ["people"]:
-        console.print(f"next: drm data label {s['data']}", markup=False)
-    elif s["n_pairs"]:
+    if s["n_pairs"] and s["label"] != ["people"]:
         console.print(
             "a good generator's own samples show no gross failures: keep other data in the mixture", markup=False
         )
-        console.print(f"next: drm train-reward --data {s['data']}=0.7 --data OTHER=0.3", markup=False)
 
 
 def export(s: dict[str, Any], *, dry: bool = False) -> None:
@@ -381,22 +376,6 @@ def reproduce(s: dict[str, Any]) -> None:
     console.print(f"\nreport: {s['report']}   ({s['seconds']:.0f} s)")
 
 
-NEXT: dict[str, Callable[[dict[str, Any]], str]] = {
-    "train-reward": lambda s: f"drm bench --reward {shlex.quote(s['reward'])}",
-    "bench": lambda s: f"drm show {shlex.quote(s['run'])}",
-    "score": lambda s: f"drm show {shlex.quote(s['run'])}",
-    "sample": lambda s: f"drm show {shlex.quote(s['run'])}",
-    "grpo": lambda s: (
-        f'drm sample "a prompt" --lora {shlex.quote(s["lora"])}' if s["lora"] else f"drm show {shlex.quote(s['run'])}"
-    ),
-    "export": lambda s: {
-        "reward model": "drm sample --stepwise --reward {}",
-        "LoRA": "drm sample --lora {}",
-        "pipeline": "drm sample --generator {}",
-    }[s["kind"]].format(shlex.quote(s["to"] or s["push"])),
-    "demo": lambda s: "drm train-reward --data pairs.jsonl, with your own pictures: examples/guides/own-data.md",
-}
-"""What to run next, said on stderr at a command's end."""
 SUMMARIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "train-reward": train_reward,
     "bench": bench,

@@ -27,7 +27,7 @@ def show(
 
       drm show runs/demo/train-pretrained --json
     """
-    from drmcli.cli import render
+    from drmcli.cli import onward, render
     from drmcli.cli.output import show_json, stdout
     from drmcli.errors import InputError
     from drmcli.recipes import show as recipe
@@ -56,6 +56,8 @@ def show(
         if not found.finished:
             stdout().print("not finished: run the same command again to go on")
         stdout().print(f"report: {report}")
+        if not found.problems:
+            onward.say(onward.after_show(run, found.command, found.config, found.summary))
     if found.problems:
         raise InputError("; ".join(found.problems), hint="the rest is shown; run the command again with --overwrite")
 

@@ -89,6 +89,10 @@ def read(
     )
 
 
+ONE_PAIR = '{"prompt": "an ocean", "chosen": "a.png", "rejected": "b.png"}'
+"""A line of an own file."""
+
+
 def read_file(path: str | Path, *, allow_outside: bool = False, max_bad: float = MAX_BAD) -> Preferences:
     """Read an own Parquet, JSONL or CSV file of pairs or rankings, or the folder of one that `drm data make` wrote.
 
@@ -106,7 +110,7 @@ def read_file(path: str | Path, *, allow_outside: bool = False, max_bad: float =
     if not os.path.isfile(path):
         raise InputError(
             f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}",
-            hint=f"check the path; data is read from one file, or from a folder with {PREFERENCES}",
+            hint=f"check the path, or write it: {ONE_PAIR}, a line a pair; or give a folder with {PREFERENCES}",
         )
     reader = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}.get(path.suffix.lower())
     if reader is None:

@@ -100,6 +100,8 @@ def described(config: Export, product: Product, target: Path | None) -> dict[str
         "run": str(product.run),
         "model": str(product.folder),
         "kind": product.kind,
+        "preset": product.config.get("preset", "tiny"),
+        "generator": product.config.get("generator"),
         "base": product.base,
         "files": sizes,
         "bytes": sum(row["bytes"] for row in sizes),

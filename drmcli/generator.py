@@ -198,18 +198,7 @@ class Generator:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """C, H, W of the latents of a picture. Raises InputError for sides in pixels that the model cannot take."""
-        factor = self.factor
-        unit = factor * self.family.patch(self.model_config)
-        for flag, side in (("--height", height), ("--width", width)):
-            if side % unit:
-                hint = f"use {max(1, round(side / unit)) * unit}"
-                raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=hint)
-        largest = self.family.largest_side(self.model_config, factor)
-        if largest is not None and max(height, width) > largest:
-            raise InputError(
-                f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
-            )
-        return self.family.channels(self.model_config), height // factor, width // factor
+        return latent_shape(self.family, self.model_config, self.factor, height, width)
 
     @property
     def latent_space(self) -> tuple[str, int]:
@@ -239,11 +228,7 @@ class Generator:
     def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
         side = resolution or self.image_size
-        unit = self.factor * self.family.patch(self.model_config)
-        if side % unit:
-            raise InputError(
-                f"--resolution {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}"
-            )
+        check_side("--resolution", side, self.factor * self.family.patch(self.model_config))
         return self.pipe.image_processor.preprocess(list(images), side, side, resize_mode="crop")
 
     @torch.no_grad()
@@ -345,6 +330,27 @@ class Generator:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def latent_shape(family: Family, config: dict[str, Any], factor: int, height: int, width: int) -> tuple[int, int, int]:
+    """C, H, W of the latents of a picture of these sides in pixels. config: the denoiser's; factor: pixels on a latent pixel's side.
+
+    Raises InputError for sides that the model cannot take.
+    """
+    for flag, side in (("--height", height), ("--width", width)):
+        check_side(flag, side, factor * family.patch(config))
+    largest = family.largest_side(config, factor)
+    if largest is not None and max(height, width) > largest:
+        raise InputError(
+            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
+        )
+    return family.channels(config), height // factor, width // factor
+
+
+def check_side(flag: str, side: int, unit: int) -> None:
+    """Raises InputError for a side in pixels that is no multiple of what a token covers."""
+    if side % unit:
+        raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}")
 
 
 def read_index(where: str, revision: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ backward pass are added up. Nothing of the model's size is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -99,6 +99,9 @@ def plan_training(
         model = RewardModel.from_config(config)
         model.set_trainable()
     store_frozen_in(model, mixed)
+    if config.backbone != "full":  # loaded with the weights, in their format
+        for buffer in model.transformer.buffers():
+            buffer.data = buffer.data.to(mixed) if buffer.is_floating_point() else buffer.data
 
     def step(latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         return model(latents, sigma, cond)
@@ -125,15 +128,16 @@ def plan_policy(
 ) -> MemoryPlan:
     """The plan for aligning a transformer on micro-batches of so many states; lora None is full fine-tuning.
 
-    guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `component_bytes`.
+    guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `meta_component`.
     """
     with torch.device("meta"):
         model: Any = family.denoiser_class.from_config(transformer)  # type: ignore[attr-defined]
         if lora is not None:
             model.requires_grad_(False)
             model.add_adapter(lora)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else mixed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if tensor.requires_grad else mixed)
 
     def step(latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         output = model(**family.inputs(model, latents, sigma, cond, None), return_dict=False)
@@ -168,16 +172,11 @@ def _traced(
     guided: bool,
 ) -> MemoryPlan:
     """One forward pass of `step` on fake tensors, without and with gradient checkpointing, added up."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _RealMasks():
-        _make_fake(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), RealMasks():
+        make_fake(model)
         n = 2 * count if guided else count
         denoiser, family, transformer = backbone
-        latents = torch.randn(n, family.channels(transformer), *size)
-        cond = family.blank(transformer, n, tokens)
-        if "mask" in cond.tensors:
-            with unset_fake_temporarily():
-                cond = Conditioning(cond.tensors, mask=torch.ones(n, tokens, dtype=torch.bool))
-        sigma = torch.rand(n)
+        latents, sigma, cond = blank_states(family, transformer, n, size, tokens)
 
         def saved() -> int:
             with torch.autocast("cpu", dtype=mixed, enabled=mixed != torch.float32), SavedBytes(model) as counter:
@@ -202,28 +201,44 @@ def _traced(
         )
 
 
-def component_bytes(
-    where: str, index: dict[str, Any], names: Sequence[str], dtype: torch.dtype, *, revision: str | None = None
-) -> dict[str, int]:
-    """Bytes of a pipeline's other models in `dtype`, from their configs alone. index: its model_index.json."""
-    found = {}
-    for name in names:
-        entry = index.get(name)
-        if not isinstance(entry, list | tuple) or not entry[0]:  # a pipeline without T5 names it with nulls
-            continue
-        cls = getattr(import_module(entry[0]), entry[1])
-        if not issubclass(cls, nn.Module):
-            continue
-        with torch.device("meta"):
-            if hasattr(cls, "load_config"):
-                model = cls.from_config(cls.load_config(where, subfolder=name, revision=revision))
-            else:
-                model = cls(AutoConfig.from_pretrained(where, subfolder=name, revision=revision))
-        found[name] = sum(p.numel() for p in model.parameters()) * torch.empty(0, dtype=dtype).element_size()
-    return found
+def blank_states(
+    family: Family, config: dict[str, Any], count: int, size: tuple[int, int], tokens: int
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Random latents [count, C, H, W], noise levels and conditioning with all positions read; config: the denoiser's."""
+    cond = family.blank(config, count, tokens)
+    if "mask" in cond.tensors:
+        with unset_fake_temporarily():
+            cond = Conditioning(cond.tensors, mask=torch.ones(count, tokens, dtype=torch.bool))
+    return torch.randn(count, family.channels(config), *size), torch.rand(count), cond
 
 
-class _RealMasks(TorchFunctionMode):
+def meta_component(
+    where: str, index: dict[str, Any], name: str, dtype: torch.dtype, *, revision: str | None = None
+) -> Any:
+    """One of a pipeline's models on the meta device in `dtype`; None where the pipeline lacks it, or it is no model."""
+    entry = index.get(name)
+    if not isinstance(entry, list | tuple) or not entry[0]:  # a pipeline without T5 names it with nulls
+        return None
+    cls = getattr(import_module(entry[0]), entry[1])
+    if not issubclass(cls, nn.Module):
+        return None
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):
+            model = cls.from_config(cls.load_config(where, subfolder=name, revision=revision))
+        else:
+            model = cls(AutoConfig.from_pretrained(where, subfolder=name, revision=revision))
+        return cast(model, dtype)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights and buffers of the meta device in another number format, as loading in it gives."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+class RealMasks(TorchFunctionMode):
     """Computes with real numbers what follows from real tensors alone: models lay their sequences out by the sums of a mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,7 +249,7 @@ class _RealMasks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _make_fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module) -> None:
     """Tensors of the meta device as fake ones of the CPU, whose kernels keep what real ones would."""
 
     def fake(value: Any) -> Any:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from drmcli.errors import InputError
 from drmcli.families.base import Conditioning, joined, rows_of
+from drmcli.footprint import alive_in, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
 from drmcli.generator import Generator
 from drmcli.memory import SavedBytes, plan_training
+from drmcli.recipes.plan import describe
 from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
 from drmcli.scheduler import StepwiseScheduler
@@ -280,6 +282,32 @@ def test_the_memory_plan_is_what_a_step_keeps(generator: Generator, folder: Path
     with SavedBytes(model) as kept:
         model.score(torch.randn(2, channels, side, side), torch.tensor([0.3, 0.8]), cond)
     assert planned.activations == pytest.approx(kept.total, rel=0.05)
+
+
+def test_the_footprint_is_what_passes_use(generator: Generator, folder: Path, tiny: Tiny) -> None:
+    """Bytes that are alive at once in real passes, and real weights, against what is counted from the configs."""
+    pipe, family, config = generator.pipe, generator.family, generator.model_config
+    cond = generator.encode_prompts(PROMPTS[:1] * 2)
+    channels = family.channels(config)
+    shared = {"count": 2, "size": (8, 8), "tokens": cond.prompt_embeds.shape[1], "dtype": torch.float32}
+    latents, sigma = torch.randn(2, channels, 8, 8), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        used = bytes_of(generator.transformer), alive_in(lambda: generator.velocity(latents, sigma, cond))
+        assert generator_pass(family, config, **shared) == pytest.approx(used, rel=0.01)
+        model = reward_on(folder, tiny)
+        used = bytes_of(model), alive_in(lambda: model.score(latents, sigma, cond))
+        assert reward_pass(model.config, **shared) == pytest.approx(used, rel=0.01)
+        known = describe(str(folder), None, tiny.length)
+        parts = known.parts(torch.float32)
+        assert {n: bytes_of(p) for n, p in parts.items()} == {n: bytes_of(getattr(pipe, n)) for n in parts}
+        planned = vae_passes(family, parts["vae"], channels, encode=2, decode=2, size=(8, 8), factor=known.vae_factor)
+        side = 8 * known.vae_factor
+        assert planned["decode pictures"] == pytest.approx(alive_in(lambda: family.decode(pipe, latents)), rel=0.01)
+        used = alive_in(lambda: family.encode_images(pipe, torch.randn(2, 3, side, side)))
+        assert planned["encode pictures"] == pytest.approx(used, rel=0.01)
+    for name in family.text:
+        if name in parts:
+            assert text_pass(parts[name], prompts=2, tokens=tiny.length) > 0
 
 
 def run(drm: Callable, *args: object) -> dict:

@@ -624,4 +624,4 @@ def test_memory_plan_is_what_an_update_uses(tmp_path: Path, config, train: str, 
         "reward model": a.rewards.models[0],
     }
     for name, model in real.items():
-        assert memory["beside"][name] == pytest.approx(size(model.parameters()), rel=0.02)
+        assert memory["beside"][name] == pytest.approx(size((*model.parameters(), *model.buffers())), rel=0.02)

@@ -57,7 +57,10 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key != "memory":
             console.print(f"  {key}: {value}")
-    if memory := values.get("memory"):
+    memory = values.get("memory")
+    if memory and "passes" in memory:
+        footprint(memory)
+    elif memory:
         made = table("\nmemory of a step", "", "GiB")
         made.add_row(f"weights ({memory['parameters'] / 1e6:,.1f} M parameters)", gib(memory["weights"]))
         made.add_row(f"gradients ({memory['trained'] / 1e6:,.1f} M trained)", gib(memory["gradients"]))
@@ -70,11 +73,25 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
             made.add_row(f"beside it: {name}", gib(size))
         made.add_row("total", gib(memory["total"]), style="bold")
         made.add_row("total with gradient checkpointing", gib(memory["total_checkpointed"]), style="bold")
+        if "drawing" in memory:
+            made.add_row("total while drawing, scoring and decoding", gib(memory["total_drawing"]), style="bold")
         console.print(made)
 
 
+def footprint(memory: dict[str, Any]) -> None:
+    """Memory of a command that trains nothing."""
+    made = table("\nmemory", "", "GiB")
+    for name, size in memory["models"].items():
+        made.add_row(f"weights: {name}", gib(size))
+    for name, size in memory["passes"].items():
+        made.add_row(f"one pass: {name}", gib(size))
+    made.add_row("total, at the pass that needs most", gib(memory["total"]), style="bold")
+    stdout().print(made)
+
+
 def gib(size: float) -> str:
-    return f"{size / 2**30:.3f}" if size < 2**30 else f"{size / 2**30:.1f}"
+    value = size / 2**30
+    return f"{value:.1f}" if value >= 1 else f"{value:.3f}" if value >= 0.01 else f"{value:.5f}"
 
 
 def train_reward(s: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from drmcli.embeddings import Embeddings
 from drmcli.errors import InputError
 from drmcli.evaluation import Judge
 from drmcli.families.base import Family
-from drmcli.generator import Generator, PromptEmbeds
+from drmcli.generator import Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.policy import Policy
 from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
 from drmcli.results import Parts
@@ -119,6 +119,27 @@ class Alignment:
         return texts, Prompts(texts[mine], seeds[mine], *self.cond(texts[mine]))
 
 
+def check_config(config: Grpo) -> None:
+    """Raises InputError for settings that no run would take, before anything is loaded."""
+    if pick_dtype(config.dtype, pick_device(config.device)) == torch.float16:
+        raise InputError(
+            "--dtype fp16: small gradients of the policy vanish in it, and drm grpo does not scale them",
+            hint="use --dtype bf16 or fp32",
+        )
+    if bool(config.refresh_every) != bool(config.refresh_by):
+        raise InputError(
+            "--refresh-every: needs a scorer by --refresh-by, and the other way round",
+            hint="for example --refresh-every 10 --refresh-by pickscore",
+        )
+    if config.refresh_every and config.judge == "none":
+        raise InputError(
+            "--refresh-every: rewards before and after a refresh cannot be compared, so the best policy needs a judge",
+            hint="give --judge",
+        )
+    if config.algorithm == "direct" and config.diversity_bonus:
+        raise InputError("--diversity-bonus: not of --algorithm direct", hint="use another --algorithm")
+
+
 def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
     """Load the models and put the parts together. Raises InputError for parts that do not fit."""
     device, frozen = accelerator.device, PRECISION[accelerator.mixed_precision]
@@ -206,18 +227,8 @@ def load_rewards(config: Grpo, generator: Generator, device: torch.device, dtype
 
 def load_trusted(config: Grpo, rewards: Rewards, device: torch.device, dtype: torch.dtype) -> Judge:
     """The scorer of `refresh_by`. Raises InputError for options that do not fit each other."""
-    if bool(config.refresh_every) != bool(config.refresh_by):
-        raise InputError(
-            "--refresh-every: needs a scorer by --refresh-by, and the other way round",
-            hint="for example --refresh-every 10 --refresh-by pickscore",
-        )
     if config.refresh_every and not rewards.models:
         raise InputError("--refresh-every: there is no reward model that could learn on", hint="leave it away")
-    if config.refresh_every and config.judge == "none":
-        raise InputError(
-            "--refresh-every: rewards before and after a refresh cannot be compared, so the best policy needs a judge",
-            hint="give --judge",
-        )
     return Judge(config.refresh_by or "none", device, dtype, "--refresh-by")
 
 
@@ -237,8 +248,6 @@ def make_algorithm(
     }
     window = (config.window[0], config.window[1])
     if config.algorithm == "direct":
-        if config.diversity_bonus:
-            raise InputError("--diversity-bonus: not of --algorithm direct", hint="use another --algorithm")
         return Direct(
             policy, reward, form=config.direct_form, steps=config.direct_steps, num_inference_steps=config.steps,
             group_size=config.group_size, window=window, kl_beta=config.kl_beta, seed=config.seed, **common,

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from drmcli.algorithms.nft import training_steps
-from drmcli.config import Grpo, package_path
+from drmcli.config import Grpo
 from drmcli.flow import schedule
+from drmcli.footprint import generator_pass, reward_pass
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_policy
-from drmcli.recipes.alignment import lora_config, read_prompts, rollout_plan
+from drmcli.recipes.alignment import check_config, lora_config, read_prompts, rollout_plan
+from drmcli.recipes.footprints import describe_reward, described_term, encoders
 from drmcli.recipes.plan import Known, describe_generator
-from drmcli.reward import RewardModel
-from drmcli.reward_config import read_config
 from drmcli.rollout import trained
-from drmcli.scorers import parse_term
 
 
 def plan(config: Grpo) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    check_config(config)
+    for ref, flag in ((config.judge, "--judge"), (config.refresh_by, "--refresh-by")):
+        if ref and ref != "none":
+            describe_reward(ref, flag)
     known = describe_generator(config)
     prompts = read_prompts(config)
     steps, states, rewards = work(config)
@@ -55,30 +57,45 @@ def work(config: Grpo) -> tuple[int, int, int]:
 
 
 def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, Any]:
-    """Bytes of an update's tensors, and the frozen models beside the policy."""
-    mixed = pick_dtype(config.dtype, device)
+    """Bytes of an update's tensors, of the largest pass while pictures are drawn and scored, and of the frozen models beside the policy."""
+    mixed, side = pick_dtype(config.dtype, device), known.latent_side(config.resolution)
+    guided = known.family.guides(known.transformer, config.guidance_scale)
     policy = plan_policy(
         known.family,
         known.transformer,
         lora=lora_config(config, known.family) if config.train == "lora" else None,
         states=min(config.micro_batch_size, config.prompts_per_update),
-        latent_side=(config.resolution or known.image_size) // known.vae_factor,
+        latent_side=side,
         tokens=known.prompt_tokens,
         mixed=mixed,
         ema=config.ema_decay > 0,
-        guided=known.family.guides(known.transformer, config.guidance_scale),
+        guided=guided,
     )
-    beside = dict(known.beside(mixed))
-    if not config.text_encoder_3:
-        beside.pop("text_encoder_3", None)
-    where = Path(package_path(parse_term(config.reward)[0]))
-    if where.is_dir():
-        reward = read_config(where, f"--reward {config.reward}")
-        with torch.device("meta"):
-            model = RewardModel.from_config(reward)
-        beside["reward model"] = sum(p.numel() for p in model.parameters()) * mixed.itemsize
+    shared: dict[str, Any] = {"size": (side, side), "dtype": mixed}
+    many = max(config.prompts_per_update * config.group_size, config.eval_prompts * config.eval_seeds)
+    count = min(config.max_batch, many)
+    other = encoders(known, mixed, prompts=1, encode=0, decode=1, size=(side, side), t5=config.text_encoder_3)
+    beside, drawing = other.models, other.passes
+    _, drawing["velocity"] = generator_pass(
+        known.family, known.transformer, count=count * (2 if guided else 1), tokens=known.prompt_tokens, **shared
+    )
+    others = []
+    for i, ref in enumerate([config.reward, *config.add_rewards]):
+        reward = described_term(ref, "--add-reward" if i else "--reward")
+        if reward is None:
+            others.append(ref)
+            continue
+        name = f"reward model {i + 1}" if config.add_rewards else "reward model"
+        beside[name], one = reward_pass(reward, count=count, tokens=known.prompt_tokens, **shared)
+        drawing["score"] = max(drawing.get("score", 0), one)
     if config.train == "full" and config.kl_beta:
         beside["reference policy"] = policy.parameters * mixed.itemsize
     cuda = device.type == "cuda"
     total = {c: policy.total(checkpointed=c, cuda=cuda) + sum(beside.values()) for c in (False, True)}
-    return policy.to_dict() | {"beside": beside, "total": total[False], "total_checkpointed": total[True]}
+    idle = total[False] - policy.activations
+    return (
+        policy.to_dict()
+        | {"beside": beside, "total": total[False], "total_checkpointed": total[True]}
+        | {"drawing": drawing, "total_drawing": idle + max(drawing.values())}
+        | ({"not counted": others} if others else {})
+    )

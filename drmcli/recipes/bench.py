@@ -305,15 +305,21 @@ def score_items(
 
 def plan(config: Bench) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    from drmcli.recipes.data_plan import benchmark_data
+    from drmcli.recipes.footprints import of_bench
     from drmcli.recipes.plan import describe_generator
 
     if generated.wanted(config):
         return generated.plan(config)
     known = describe_generator(config)
-    return {
-        "dataset": config.dataset,
-        "sigmas": config.sigmas,
-        "noise samples": config.noise_samples,
-        "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
-        "download": known.download,
-    }
+    return (
+        {
+            "dataset": config.dataset,
+            "sigmas": config.sigmas,
+            "noise samples": config.noise_samples,
+            "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
+            "download": known.download,
+        }
+        | benchmark_data(config).facts(config, known, known.latent_side(config.resolution))
+        | of_bench(config)
+    )

@@ -28,9 +28,8 @@ from drmcli.algorithms import Prompts
 from drmcli.config import Grpo
 from drmcli.errors import InputError, RunError
 from drmcli.evaluation import Evaluation, evaluate, reward_is_hacked
-from drmcli.generator import pick_device, pick_dtype
 from drmcli.measure.intervals import mean_ci, paired_ci
-from drmcli.recipes.alignment import Alignment, State, assemble, heads, resume, save
+from drmcli.recipes.alignment import Alignment, State, assemble, check_config, heads, resume, save
 from drmcli.recipes.alignment_files import (
     before_and_after,
     best_folder,
@@ -58,11 +57,7 @@ FLAWLESS = 0.9
 def run(config: Grpo, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Align a generator. Returns what summary.json holds."""
     refuse_sharding("grpo")
-    if pick_dtype(config.dtype, pick_device(config.device)) == torch.float16:
-        raise InputError(
-            "--dtype fp16: small gradients of the policy vanish in it, and drm grpo does not scale them",
-            hint="use --dtype bf16 or fp32",
-        )
+    check_config(config)
     accelerator = start_accelerator(config, rounds=1)
     if config.prompts_per_update % accelerator.num_processes:
         raise InputError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
-from importlib import import_module
+from functools import lru_cache
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from drmcli.config import local_or_hub
+from drmcli.data.text import parse_yaml
+from drmcli.errors import MissingError
 from drmcli.families import family_of
 from drmcli.families.base import Family
-from drmcli.generator import denoiser_config, quiet_libraries, read_index
+from drmcli.generator import check_side, denoiser_config, latent_shape, quiet_libraries, read_index
 from drmcli.hub import explained
-from drmcli.memory import component_bytes
+from drmcli.memory import meta_component
 
 CLIP_TOKENS = 77
 """Tokens of CLIP where the tokenizer's config does not say."""
@@ -27,47 +31,112 @@ CLIP_TOKENS = 77
 class Known:
     """Configs of a generator's parts."""
 
+    ref: str
+    """As it was asked for."""
     transformer: dict[str, Any]
     vae_factor: int
     image_size: int
     """Its own side in pixels."""
     prompt_tokens: int
+    max_sequence_length: int
     download: str
     """What a run would fetch, in words."""
     where: str
     revision: str | None
-
     family: Family
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """As `Generator.latent_shape`."""
+        return latent_shape(self.family, self.transformer, self.vae_factor, height, width)
+
+    def latent_side(self, resolution: int | None) -> int:
+        """Side of the latents of square pictures, of the model's own size for None. Raises InputError for one that it cannot take."""
+        side = resolution or self.image_size
+        check_side("--resolution", side, self.vae_factor * self.family.patch(self.transformer))
+        return side // self.vae_factor
+
+    def parts(self, dtype: torch.dtype, names: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """The pipeline's models beside the denoiser (or those of `names`) on the meta device, by name."""
+        with explained(self.ref, "--generator"), quiet_libraries():
+            index = read_index(self.where, self.revision)
+            wanted = [name for name in index if name != self.family.denoiser and name not in self.family.optional]
+            made = {
+                name: meta_component(self.where, index, name, dtype, revision=self.revision)
+                for name in wanted
+                if names is None or name in names
+            }
+            return {name: part for name, part in made.items() if part is not None}
 
     def beside(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of the pipeline's other models, by name."""
-        with explained(self.where, "--generator"), quiet_libraries():
-            index = read_index(self.where, self.revision)
-            names = [name for name in index if name != self.family.denoiser and name not in self.family.optional]
-            return component_bytes(self.where, index, names, dtype, revision=self.revision)
+        return {
+            name: sum(p.numel() for p in part.parameters()) * dtype.itemsize for name, part in self.parts(dtype).items()
+        }
 
 
 def describe_generator(config: Any) -> Known:
     """Read the configs of config.generator: a few kilobytes, also from the hub."""
-    where = local_or_hub(config.generator, "--generator")
-    with explained(config.generator, "--generator"), quiet_libraries():
-        index = read_index(where, config.revision)
-        family = family_of(str(index.get("_class_name")), f"--generator {config.generator}")
-        denoiser = denoiser_config(family, where, config.revision)
+    return describe(config.generator, config.revision, config.max_sequence_length)
+
+
+def describe(ref: str, revision: str | None, max_sequence_length: int, flag: str = "--generator") -> Known:
+    """Read a pipeline's configs. Of a gated one that cannot be had they are those that ship with drm, and `download` says so.
+
+    Raises MissingError or InputError, naming `flag`.
+    """
+    where = local_or_hub(ref, flag)
+    try:
+        return _read(ref, where, revision, max_sequence_length, flag)
+    except MissingError as error:
+        shipped = published_configs(ref)
+        if shipped is None:
+            raise
+        known = _read(ref, shipped, None, max_sequence_length, flag)
+        known.download = f"not known: {error.message}; planned with its published configs"
+        return known
+
+
+def _read(ref: str, where: str, revision: str | None, max_sequence_length: int, flag: str) -> Known:
+    with explained(ref, flag), quiet_libraries():
+        index = read_index(where, revision)
+        family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
+        denoiser = denoiser_config(family, where, revision)
         library, kind = index["vae"]
-        vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=config.revision)
-        tokens = family.text_tokens(config.max_sequence_length, _tokenizer_length(where))
+        vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=revision)
+        tokens = family.text_tokens(max_sequence_length, _tokenizer_length(where))
     factor = family.vae_factor(vae)
     return Known(
+        ref=ref,
         transformer={k: v for k, v in denoiser.items() if not k.startswith("_")},
         vae_factor=factor,
         image_size=family.image_size(denoiser, factor),
         prompt_tokens=tokens,
-        download=_download(where, config.revision),
+        max_sequence_length=max_sequence_length,
+        download=_download(where, revision),
         where=where,
-        revision=config.revision,
+        revision=revision,
         family=family,
     )
+
+
+@lru_cache
+def published_configs(ref: str) -> str | None:
+    """A folder with the published configs of a gated model, kept while the process lives; None for a model that drm has none of."""
+    text = (resources.files("drmcli.config") / "published.yaml").read_text(encoding="utf-8")
+    parts = parse_yaml(text, "published.yaml")["models"].get(ref)
+    if parts is None:
+        return None
+    home = tempfile.TemporaryDirectory(prefix="drmcli-")
+    _KEPT.append(home)
+    folder = Path(home.name)
+    for name, config in parts.items():
+        file = folder / "model_index.json" if name == "index" else folder / name / "config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+_KEPT: list[Any] = []
 
 
 def _tokenizer_length(where: str) -> int:

@@ -29,6 +29,7 @@ from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.recipes import methods
 from drmcli.recipes.chooser import load_scorers, share_blocks
+from drmcli.recipes.plan import Known, describe_generator
 from drmcli.recipes.sheets import branch_tree
 from drmcli.run import SILENT, Interruptions, Reporter, Run, guarded, open_run
 from drmcli.sampling import Candidates, Samples, Search, expected_calls, sample
@@ -262,7 +263,7 @@ class Studio:
         return paths
 
 
-def latent_shape(config: Sample, generator: Generator) -> tuple[int, int, int]:
+def latent_shape(config: Sample, generator: Generator | Known) -> tuple[int, int, int]:
     """C, H, W of the latents for the asked size. Raises InputError for a size that cannot be."""
     height = config.height or config.resolution or generator.image_size
     width = config.width or config.resolution or generator.image_size
@@ -384,7 +385,7 @@ def _number(value: float) -> float | None:
 def plan(config: Sample) -> dict[str, Any]:
     """What `--dry-run` prints."""
     from drmcli.flow import schedule
-    from drmcli.recipes.plan import describe_generator
+    from drmcli.recipes.footprints import of_sample
 
     decided: list[str] = []
     config = methods.settled(config, decided.append)
@@ -394,7 +395,8 @@ def plan(config: Sample) -> dict[str, Any]:
         known.family = known.family.with_true_cfg(config.true_cfg_scale)
     check_negative(known.family, known.transformer, config.negative_prompt, config.guidance_scale)
     guided = known.family.guides(known.transformer, config.guidance_scale)
-    calls = expected_calls(methods.search_of(config), schedule(config.steps), trace=config.trace, guided=guided)
+    search = methods.search_of(config)
+    calls = expected_calls(search, schedule(config.steps), trace=config.trace, guided=guided)
     return {
         "pictures": len(prompts) * config.num_images,
         "mode": config.mode,
@@ -402,7 +404,7 @@ def plan(config: Sample) -> dict[str, Any]:
         "generator calls a picture, about": calls.generator,
         "scores a picture, about": 0 if config.reward == "none" else calls.reward,
         "download": known.download,
-    }
+    } | of_sample(config, known, search, len(prompts) * config.num_images, latent_shape(config, known)[1:])
 
 
 def picture_text(path: Path) -> dict[str, str]:

@@ -173,10 +173,17 @@ def read_latents(name: str) -> tuple[Tensor, float | None]:
 
 def plan(config: Score) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    from drmcli.recipes.footprints import of_score
+
     prompts = matched_prompts(config)
+    for name in config.images:  # what cannot be read would fail
+        if name.endswith(".safetensors"):
+            read_latents(name)
+        else:
+            load_image(FileImage(name, Path(name)), upright=True)
     return {
         "images": len(config.images),
         "prompts": len(set(prompts)),
         "sigmas": config.sigmas,
-        "download": "nothing",
-    }
+        "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
+    } | of_score(config)

@@ -12,88 +12,92 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from drmcli.config import package_path, preset_names, resolve
-from drmcli.recipes import grpo, train_reward
+from drmcli.config import preset_names, resolve
+from drmcli.recipes import bench, grpo, sample, score, train_reward
+from drmcli.recipes.plan import published_configs
 from drmcli.reward_config import RewardConfig
 
-TRANSFORMER = {
-    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24,
-    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
-    "dual_attention_layers": list(range(13)),
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 16,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
-CLIP_L = {"model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "projection_dim": 768, "vocab_size": 49408}  # fmt: skip
-CLIP_G = CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-                   "projection_dim": 1280}  # fmt: skip
-T5 = {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
-      "feed_forward_proj": "gated-gelu", "vocab_size": 32128}  # fmt: skip
-INDEX = {
-    "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_3": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-}  # fmt: skip
+MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
 
 def write_configs(folder: Path) -> None:
     """A pipeline folder without weights, and a reward model cut from it."""
-    parts = {
-        "transformer": TRANSFORMER,
-        "vae": VAE,
-        "text_encoder": CLIP_L,
-        "text_encoder_2": CLIP_G,
-        "text_encoder_3": T5,
-    }
-    for name, config in parts.items():
-        (folder / "sd35" / name).mkdir(parents=True)
-        (folder / "sd35" / name / "config.json").write_text(json.dumps(config))
-    (folder / "sd35" / "model_index.json").write_text(json.dumps(INDEX))
-    shutil.copytree(package_path("{package}/tiny/weights/generator/tokenizer"), folder / "sd35" / "tokenizer")
-    settings = folder / "sd35" / "tokenizer" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
-    config = RewardConfig(base_model=str(folder / "sd35"), transformer=TRANSFORMER, drop_layers=3)
+    published = published_configs(MODEL)
+    assert published is not None
+    shutil.copytree(published, folder / "sd35")
+    transformer = json.loads((folder / "sd35" / "transformer" / "config.json").read_text())
+    config = RewardConfig(
+        base_model=str(folder / "sd35"),
+        transformer={k: v for k, v in transformer.items() if not k.startswith("_")},
+        drop_layers=3,
+        backbone="lora",
+    )
     (folder / "reward").mkdir()
     (folder / "reward" / "config.json").write_text(json.dumps(asdict(config)))
 
 
+def training(folder: Path, flags: dict[str, Any]) -> Table:
+    """Commands that learn."""
+    table = titled(
+        "GiB", "policy or model", "gradients, AdamW", "activations", "checkpointed", "beside", "drawing", "as set"
+    )
+    for preset in sorted(preset_names()):
+        if resolve("train-reward", preset=preset).generator != MODEL:
+            continue
+        for command, module in (("train-reward", train_reward), ("grpo", grpo)):
+            more = {"reward": str(folder / "reward"), "prompts": "shapes"} if command == "grpo" else {}
+            config = resolve(command, preset=preset, flags=flags | more)
+            memory = module.plan(config)["memory"]
+            beside = sum(memory.get("beside", {}).values())
+            drawing = memory.get("total_drawing", 0)
+            total = max(drawing, memory["total_checkpointed" if config.gradient_checkpointing else "total"])
+            cells = (memory["weights"], memory["gradients"] + memory["optimizer"] + memory["ema"], memory["activations"],
+                     memory["activations_checkpointed"], beside, drawing, total)  # fmt: skip
+            table.add_row(f"{command} --preset {preset}", *(f"{cell / 2**30:.1f}" if cell else "" for cell in cells))
+    return table
+
+
+def using(folder: Path, flags: dict[str, Any]) -> Table:
+    """Commands that score and draw, with the preset for 24 GB."""
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    pictures = {"images": [str(folder / "a.png")] * 16, "prompts": ["a prompt"]}
+    steps = {"prompts": ["a prompt"], "step_rule": "cps"} | flags
+    ways: list[tuple[str, Any, dict[str, Any]]] = [
+        ("score, 16 pictures", score, pictures | {"dtype": "bf16"}),
+        ("bench", bench, flags),
+        ("sample", sample, steps | {"reward": "none"}),
+        ("sample --stepwise --beams 6", sample, steps | {"mode": "stepwise", "beams": 6}),
+    ]
+    table = titled("GiB", "weights", "largest pass", "total")
+    for name, module, more in ways:
+        command = name.split()[0].rstrip(",")
+        config = resolve(command, preset="sd35-medium", flags={"reward": str(folder / "reward")} | more)
+        memory = module.plan(config)["memory"]
+        cells = sum(memory["models"].values()), max(memory["passes"].values()), memory["total"]
+        table.add_row(name, *(f"{cell / 2**30:.1f}" for cell in cells))
+    return table
+
+
+def titled(*names: str) -> Table:
+    made = Table(header_style="bold", box=None, pad_edge=False)
+    for i, name in enumerate(names):
+        made.add_column(name, justify="left" if i == 0 else "right")
+    return made
+
+
 def main() -> None:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for i, name in enumerate(
-        ("GiB", "policy or model", "gradients, AdamW", "activations", "checkpointed", "beside", "as set")
-    ):
-        table.add_column(name, justify="left" if i == 0 else "right")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_configs(folder)
-        flags = {"generator": str(folder / "sd35"), "dtype": "bf16"}
-        for preset in sorted(preset_names()):
-            if preset == "tiny":
-                continue
-            for command in ("train-reward", "grpo"):
-                if command == "grpo":
-                    config = resolve(
-                        command, preset=preset, flags=flags | {"reward": str(folder / "reward"), "prompts": "shapes"}
-                    )
-                    memory = grpo.plan(config)["memory"]
-                else:
-                    config = resolve(command, preset=preset, flags=flags)
-                    memory = train_reward.plan(config)["memory"]
-                beside = sum(memory.get("beside", {}).values())
-                total = memory["total_checkpointed" if config.gradient_checkpointing else "total"]
-                cells = (memory["weights"], memory["gradients"] + memory["optimizer"] + memory["ema"], memory["activations"],
-                         memory["activations_checkpointed"], beside, total)  # fmt: skip
-                table.add_row(f"{command} --preset {preset}", *(f"{cell / 2**30:.1f}" for cell in cells))
-    Console(width=120).print(table)
+        write_configs(Path(name))
+        flags = {"generator": str(Path(name) / "sd35"), "dtype": "bf16"}
+        console = Console(width=140)
+        console.print(training(Path(name), flags))
+        console.print(using(Path(name), flags))
 
 
 if __name__ == "__main__":

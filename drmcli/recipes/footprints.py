@@ -1,0 +1,178 @@
+"""What `score`, `bench` and `sample` hold in memory, put together from their configs for `--dry-run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from drmcli.config import Bench, Sample, Score, package_path
+from drmcli.flow import schedule
+from drmcli.footprint import Footprint, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
+from drmcli.generator import pick_device, pick_dtype
+from drmcli.hub import explained
+from drmcli.recipes.plan import Known, describe
+from drmcli.reward_config import RewardConfig, read_config
+from drmcli.sampling import Search
+from drmcli.scorers import parse_term, read_reference
+from drmcli.scorers.drm import KINDS, dina
+from drmcli.scorers.plain import named_callable
+
+
+def describe_reward(ref: str, flag: str) -> RewardConfig | None:
+    """The config of a reward model of drm; None for a scorer whose weights no plan counts.
+
+    Raises what loading it would for a reference that leads nowhere.
+    """
+    found = read_reference(ref, flag)
+    if found.kind == "function":
+        named_callable(ref, flag)
+    if found.kind != "model":
+        return None
+    place = Path(package_path(ref))
+    if ref == dina.REPOSITORY or (place.is_dir() and any(kind.is_published_layout(place) for kind in KINDS.values())):
+        return None
+    if not place.is_dir():
+        with explained(ref, flag):
+            place = Path(hf_hub_download(ref, "config.json")).parent
+    return read_config(place, f"{flag} {ref}")
+
+
+def encoders(
+    known: Known, dtype: torch.dtype, *, prompts: int, encode: int, decode: int, size: tuple[int, int], t5: bool
+) -> Footprint:
+    """A pipeline's models beside the denoiser, and their passes over so many prompts and pictures. size: of the latents."""
+    parts = {name: part for name, part in known.parts(dtype).items() if t5 or name != "text_encoder_3"}
+    models = {name: bytes_of(part) for name, part in parts.items()}
+    texts = [
+        text_pass(part, prompts=prompts, tokens=known.max_sequence_length)
+        for name, part in parts.items()
+        if name in known.family.text
+    ]
+    passes = {"encode prompts": max(texts, default=0)}
+    if "vae" in parts:
+        channels = known.family.channels(known.transformer)
+        passes |= vae_passes(
+            known.family, parts["vae"], channels, encode=encode, decode=decode, size=size, factor=known.vae_factor
+        )
+    return Footprint(models, passes)
+
+
+def of_scoring(
+    reward: RewardConfig, dtype: torch.dtype, *, resolution: int | None, prompts: int, encode: int, score: int
+) -> Footprint:
+    """A reward model with the encoders of its base, for so many prompts and pictures at once."""
+    known = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
+    side = known.latent_side(resolution or reward.resolution)
+    made = encoders(known, dtype, prompts=prompts, encode=encode, decode=0, size=(side, side), t5=reward.text_encoder_3)
+    weights, one = reward_pass(reward, count=score, size=(side, side), tokens=known.prompt_tokens, dtype=dtype)
+    return Footprint({"reward model": weights, **made.models}, {**made.passes, "score": one})
+
+
+def of_score(config: Score) -> dict[str, Any]:
+    """The plan of `drm score`."""
+    reward = describe_reward(config.reward, "--reward")
+    if reward is None:
+        return _without(config.reward)
+    device = pick_device(config.device)
+    count = min(config.batch_size, len(config.images))
+    made = of_scoring(
+        reward, pick_dtype(config.dtype, device), resolution=config.resolution, encode=count, score=count,
+        prompts=min(config.batch_size, len(set(config.prompts))),
+    )  # fmt: skip
+    return {"memory": made.to_dict(cuda=device.type == "cuda")}
+
+
+def of_bench(config: Bench) -> dict[str, Any]:
+    """The plan of `drm bench` of preferences: of the model that needs most, since one is loaded at a time."""
+    device = pick_device(config.device)
+    cuda, dtype = device.type == "cuda", pick_dtype(config.dtype, device)
+    flags = [("--reward", config.reward), *(("--scorer", s) for s in config.scorers), ("--against", config.against)]
+    largest, others = None, []
+    for flag, ref in dict.fromkeys((f, r) for f, r in flags if r and r != "none"):
+        reward = describe_reward(ref, flag)
+        if reward is None:
+            others.append(ref)
+            continue
+        made = of_scoring(
+            reward, dtype, resolution=config.resolution, prompts=config.encode_batch_size,
+            encode=config.encode_batch_size, score=config.batch_size,
+        )  # fmt: skip
+        made.gone["score"] = tuple(
+            name for name in made.models if name == "vae" or (name != "reward model" and config.prompt_cache != "live")
+        )
+        if largest is None or made.total(cuda=cuda) > largest.total(cuda=cuda):
+            largest = made
+    return ({"memory": largest.to_dict(cuda=cuda)} if largest else {}) | _without(*others)
+
+
+def widest(search: Search, *, trace: bool) -> tuple[int, int]:
+    """The most states of a picture that a velocity is asked for at once, and that are scored at once."""
+    sigmas = schedule(search.num_inference_steps)
+    n = drawn = scored = 1 if search.share_first else search.trajectories()
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
+        candidates = n * search.children(step, sigma, sigma_next, n)
+        trajectories = search.trajectories() if step == 0 and search.share_first else n
+        count = search.survivors(sigma_next, trajectories, candidates)
+        if count is not None:
+            scored = max(scored, candidates)
+            looked = sigma_next > 0 and (search.score_at == "clean" or search.pictures or trace)
+            drawn = max(drawn, candidates if looked else 0)
+        n = candidates if count is None else count
+        drawn = max(drawn, n)
+    return drawn, max(scored, n)
+
+
+def of_sample(config: Sample, known: Known, search: Search, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
+    """The plan of `drm sample`. pictures: to draw in all; size: of their latents."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    at_once = max(1, min(config.batch_size, pictures))
+    drawn, scored = widest(search, trace=config.trace)
+    guided = known.family.guides(known.transformer, config.guidance_scale)
+    shared: dict[str, Any] = {"size": size, "dtype": dtype}
+    made = encoders(
+        known, dtype, prompts=min(at_once, len(set(config.prompts)) or 1), encode=0, decode=at_once,
+        size=size, t5=config.text_encoder_3,
+    )  # fmt: skip
+    count = min(config.max_batch, at_once * drawn) * (2 if guided else 1)
+    weights, one = generator_pass(known.family, known.transformer, count=count, tokens=known.prompt_tokens, **shared)
+    models, passes = {known.family.denoiser: weights} | made.models, {"velocity": one} | made.passes
+    others = []
+    for i, ref in enumerate([config.reward, *config.add_rewards]):
+        reward = None if ref == "none" else described_term(ref, "--add-reward" if i else "--reward")
+        if reward is None:
+            others += [] if ref == "none" else [ref]
+            continue
+        name = f"reward model {i + 1}" if config.add_rewards else "reward model"
+        base = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
+        models[name], one = reward_pass(
+            reward, count=min(config.max_batch, at_once * scored), tokens=base.prompt_tokens, **shared
+        )
+        passes["score"] = max(passes.get("score", 0), one)
+        if not same_encoders(known, base, config.text_encoder_3, reward.text_encoder_3):
+            own = {
+                n: bytes_of(p) for n, p in base.parts(dtype).items() if reward.text_encoder_3 or n != "text_encoder_3"
+            }
+            models |= {f"{name}: {n}": size for n, size in own.items()}
+    return {"memory": Footprint(models, passes).to_dict(cuda=device.type == "cuda")} | _without(*others)
+
+
+def same_encoders(known: Known, base: Known, t5: bool, reward_t5: bool) -> bool:
+    """Can a reward model be asked through the generator's own encoders, as far as names tell?"""
+    return (
+        Path(known.where) == Path(base.where)
+        and t5 == reward_t5
+        and known.max_sequence_length == base.max_sequence_length
+    )
+
+
+def described_term(term: str, flag: str) -> RewardConfig | None:
+    """As `describe_reward`, of SCORER or SCORER=WEIGHT."""
+    return describe_reward(parse_term(term, flag)[0], flag)
+
+
+def _without(*refs: str) -> dict[str, Any]:
+    return {"not in the memory plan": ", ".join(refs)} if refs else {}

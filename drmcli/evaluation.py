@@ -122,12 +122,10 @@ def reward_is_hacked(
 ) -> str | None:
     """Why the reward model is being fooled at the last point of a history, or None.
 
-    history: {update, reward, judge} of every evaluation. judge_now and judge_best [B]: the judge's scores of the same prompts and seeds
-    at the
-    last point and at the best one; prompts [B]: whose they are. It sounds when the reward is above the best point's while the judge is
-    below it,
-    beyond the noise of the paired prompts (95 %), by more than a quarter of what it had gained. One prompt has no noise to compare with:
-    None.
+    history: {update, reward, judge} of every evaluation. judge_now and judge_best [B]: the judge's scores of the same
+    prompts and seeds at the last point and at the best one; prompts [B]: whose they are. It sounds when the reward is
+    above the best point's while the judge is below it, beyond the noise of the paired prompts (95 %), by more than a
+    quarter of what it had gained. One prompt has no noise to compare with: None.
     """
     last, best = history[-1], max(history, key=lambda row: row["judge"])
     if best is last or last["reward"] <= best["reward"]:

@@ -95,13 +95,12 @@ def nft(
 ) -> Loss:
     """DiffusionNFT's loss of clean latents x0 [S, C, H, W], noised to x at levels sigma [S], with advantages [S].
 
-    new, old, reference: velocities [S, C, H, W] at x of the policy, of the slowly moving one that draws, and of the reference. With r the
-    optimality, v+ = (1 - beta) old + beta new is drawn to the data with weight r, v- = (1 + beta) old - beta new with 1 - r: the policy
-    moves
-    towards what good samples say and away from what bad ones say. Errors are those of the predicted x0, each divided by its own mean
-    size (the published self-normalised weight). Scaled by advantage_clip / beta, as published, so that the gradient's size does not hang
-    on them.
-    The KL is the mean squared difference of the velocities.
+    new, old, reference: velocities [S, C, H, W] at x of the policy, of the slowly moving one that draws, and of the
+    reference. With r the optimality, v+ = (1 - beta) old + beta new is drawn to the data with weight r, v- = (1 + beta)
+    old - beta new with 1 - r: the policy moves towards what good samples say and away from what bad ones say. Errors
+    are those of the predicted x0, each divided by its own mean size (the published self-normalised weight). Scaled by
+    advantage_clip / beta, as published, so that the gradient's size does not hang on them. The KL is the mean squared
+    difference of the velocities.
     """
     r = optimality(advantages, advantage_clip)
     positive = _x0_error(x0, x, sigma, (1 - beta) * old + beta * new)

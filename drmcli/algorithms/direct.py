@@ -1,9 +1,8 @@
 """The reward's own gradient, through the last steps of sampling: what a reward model of latents invites, since nothing need be decoded.
 
 - draft    the last `steps` steps carry a gradient, the ones before are drawn without (DRaFT-K, arXiv 2309.17400; 1 is DRaFT-1)
-- refl     sampling ends at a step drawn at random within `window`; the clean latents that the policy predicts there are rewarded, and
-           this one
-           prediction carries the gradient (ReFL, arXiv 2304.05977)
+- refl     sampling ends at a step drawn at random within `window`; the clean latents that the policy predicts there are
+           rewarded, and this one prediction carries the gradient (ReFL, arXiv 2304.05977)
 
 It is the method that exploits a reward model first: keep a judge, and a KL.
 """

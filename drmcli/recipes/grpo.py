@@ -4,9 +4,9 @@ How it differs from textbook GRPO:
 1. A group is k candidates of *one state* at one step, not k answers to one prompt (flow-grpo, a baseline, has the latter).
 2. Rewards come from a model that judges noisy states, so every step has its own (nft learns from clean samples, direct from gradients).
 3. The candidates of a state share one velocity: the update needs one forward and one backward pass a state.
-4. An independent judge looks at plain samples of validation prompts with fixed seeds; the policy that is kept is the best by the judge,
-   and an
-   alarm stops the run when the reward rises while the judge falls. Test prompts, which chose nothing, give the figures of the summary.
+4. An independent judge looks at plain samples of validation prompts with fixed seeds; the policy that is kept is the
+   best by the judge, and an alarm stops the run when the reward rises while the judge falls. Test prompts, which chose
+   nothing, give the figures of the summary.
 
 The loop is `train`; the algorithms are in `drmcli.algorithms`, their formulas in `drmcli.policy_loss`.
 """

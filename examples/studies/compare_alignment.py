@@ -3,17 +3,16 @@
     python examples/studies/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1] [--ways step-grpo direct ...] [--rates
     1e-3 ...]
 
-Step-wise GRPO, TempFlow-GRPO and Flow-GRPO, DiffusionNFT with terminal and with step-wise rewards, and direct gradients of the reward;
-two of
-them also without the KL, to see what it costs.
+Step-wise GRPO, TempFlow-GRPO and Flow-GRPO, DiffusionNFT with terminal and with step-wise rewards, and direct gradients
+of the reward; two of them also without the KL, to see what it costs.
 
-Every algorithm is run with seed 0 at the same learning rates for the same training time; the best rate by the judge on validation
-prompts is then run with the other seeds. Printed: the judge on test prompts, which chose nothing, before and after; the best level
-on validation prompts and when it was reached; the seconds until the level that Flow-GRPO has after half of its time. Training
-seconds are those of drawing and learning alone. Diversity is the mean distance of two pictures of a test prompt, as a share of the
-start's, of
-all pictures and of those that the judge finds flawless (0.9 and above). Runs are kept in the folder and go on where they stopped. Writes
-alignment.parquet and curves.png. Small and quick: --minutes 0.2 --seeds 1 --rates 2e-3 --set eval_prompts=4.
+Every algorithm is run with seed 0 at the same learning rates for the same training time; the best rate by the judge on
+validation prompts is then run with the other seeds. Printed: the judge on test prompts, which chose nothing, before and
+after; the best level on validation prompts and when it was reached; the seconds until the level that Flow-GRPO has
+after half of its time. Training seconds are those of drawing and learning alone. Diversity is the mean distance of two
+pictures of a test prompt, as a share of the start's, of all pictures and of those that the judge finds flawless (0.9
+and above). Runs are kept in the folder and go on where they stopped. Writes alignment.parquet and curves.png. Small and
+quick: --minutes 0.2 --seeds 1 --rates 2e-3 --set eval_prompts=4.
 """
 
 from __future__ import annotations

@@ -127,6 +127,8 @@ SEARCHES: dict[str, dict] = FRONTIER | {
         "branch_sigmas": (0.28, 0.86),
     },
     "halving 4 > 2 > 1": CPS | {"mode": "halving", "starts": 4, "noise_level": 1.0, "share_first": True},
+    "halving 4 > 2 at .6": MANY | {"mode": "halving", "starts": 4, "halving_sigmas": (0.61,)},
+    "halving 5 > 2 at .6": MANY | {"mode": "halving", "starts": 5, "halving_sigmas": (0.61,)},
     "halving 6 > 3 > 1 at .8, .5": CPS
     | {"mode": "halving", "starts": 6, "noise_level": 1.0, "share_first": True, "halving_sigmas": (0.8, 0.5)},
     "best-of-2, refined": MANY | {"starts": 2, "refine": 1},
@@ -288,7 +290,11 @@ def main() -> None:
     for name, way in ways.items():
         chosen = oracle if "oracle" in name else terms
         way = {"num_inference_steps": bed["steps"]} | way
-        results[name] = draw(generator, chosen, way, captions, args.seeds, args.guidance, args.combine, bed["two"])
+        r = results[name] = draw(generator, chosen, way, captions, args.seeds, args.guidance, args.combine, bed["two"])
+        print(
+            f"{name}: judge {r['judge'].mean():.4f}, above 0.9 {(r['judge'] > 0.9).mean():.3f}, cost {r['cost']:.1f}",
+            flush=True,
+        )
 
     rows, console = [], Console(width=170)
     table = Table(box=None, header_style="bold", pad_edge=False)

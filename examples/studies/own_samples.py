@@ -72,16 +72,22 @@ def stepwise(study: Study, name: str, reward: str, args: argparse.Namespace) -> 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--ways", nargs="+", default=["mix-ode"])
+    parser.add_argument("--ways", nargs="+", default=["mix-cps"])
     parser.add_argument("--captions", type=int, default=200, help="captions that own samples are drawn for")
     parser.add_argument("--num-images", type=int, default=16, help="own samples a caption")
     parser.add_argument("--labels", default="soft", help="soft, drawn or hard")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--share", type=float, default=0.7, help="of own samples in a mixture")
-    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--share", type=float, default=0.85, help="of own samples in a mixture")
+    parser.add_argument("--steps", type=int, default=800, help="of training")
     parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--head-lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--head-lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--shared-noise", action="store_true", help="the pictures of a prompt share their noise in training"
+    )
+    parser.add_argument(
+        "--held-rule", default="cps", help="how held-out own samples are drawn: cps as search does, or ode"
+    )
     parser.add_argument("--backbone", default="full", help="full or head")
     parser.add_argument("--shapes-prompts", type=int, default=400, help="captions of the other data")
     parser.add_argument("--held", type=int, default=96, help="held-out captions, eight pictures each")
@@ -94,7 +100,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     held_file = args.out / "held.txt"
     held_file.write_text("\n".join(list(world.captions("val"))[: args.held]) + "\n")
-    judged = {"labels": "hard", "num_images": 8, "prompts": str(held_file), "seed": 1000, "batch_size": 64}
+    judged = {"labels": "hard", "num_images": 8, "prompts": str(held_file), "seed": 1000, "batch_size": 64,
+              "step_rule": args.held_rule}  # fmt: skip
     held = {
         "order": study.run("data-make", "held", **judged)["data"],
         "votes": study.run("data-make", "held-votes", **judged | {"labels": "drawn", "temperature": args.temperature})[
@@ -114,7 +121,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rewards[way] = study.run(
             "train-reward", f"reward-{way}", init=SHIPPED, data=sets_of(way, own, args.share), eval_data=[held["order"]],
             eval_pairs=200, steps=args.steps, batch_size=args.batch_size, lr=args.lr, head_lr=args.head_lr,
-            backbone=args.backbone, shapes_prompts=args.shapes_prompts, seed=args.seed,
+            lr_schedule="cosine", shared_noise=args.shared_noise, backbone=args.backbone,
+            shapes_prompts=args.shapes_prompts, seed=args.seed,
         )["reward"]  # fmt: skip
     table: dict[str, dict[str, Any]] = {}
     shipped: np.ndarray | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SMALL = ["--captions", "3", "--num-images", "3", "--steps", "2", "--batch-size", "12", "--held", "2", "--prompts", "2",
-         "--seeds", "1", "--beams", "2", "--shapes-prompts", "4", "--ways", "mix-cps",
+         "--seeds", "1", "--searches", "stepwise", "halving", "--shapes-prompts", "4", "--ways", "mix-cps",
          "--lr", "0.05", "--head-lr", "0.05"]  # fmt: skip
 
 
@@ -17,10 +17,12 @@ def test_the_study_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "studies"))
     found = importlib.import_module("own_samples").main([str(tmp_path), *SMALL])["table"]
     assert list(found) == ["shipped", "mix-cps"]
-    assert found["shipped"]["gain"] == 0
-    assert len({row["cost"] for row in found.values()}) == 1
+    for way in ("stepwise", "halving"):
+        assert found["shipped"]["searches"][way]["gain"] == 0
+        assert len({row["searches"][way]["cost"] for row in found.values()}) == 1
     assert (
-        found["mix-cps"]["order"] != found["shipped"]["order"] or found["mix-cps"]["judge"] != found["shipped"]["judge"]
+        found["mix-cps"]["order"] != found["shipped"]["order"]
+        or found["mix-cps"]["searches"] != found["shipped"]["searches"]
     )
     assert "together" in capsys.readouterr().out
 

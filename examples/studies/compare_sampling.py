@@ -114,6 +114,7 @@ WAYS: dict[str, dict] = {
 }
 MANY = CPS | {"mode": "best-of-n", "noise_level": 1.0, "share_first": True}
 BEAM = CPS | {"mode": "beam", "noise_level": 1.0, "share_first": True, "keep": 2, "beams": 2}
+HALVING = MANY | {"mode": "halving"}
 FRONTIER = {f"best-of-{n}": MANY | {"starts": n} for n in range(1, 7)}
 """Best-of-N by CPS, the rival at every cost; one start is plain sampling."""
 SEARCHES: dict[str, dict] = FRONTIER | {
@@ -126,11 +127,13 @@ SEARCHES: dict[str, dict] = FRONTIER | {
         "noise_level": 1.0,
         "branch_sigmas": (0.28, 0.86),
     },
-    "halving 4 > 2 > 1": CPS | {"mode": "halving", "starts": 4, "noise_level": 1.0, "share_first": True},
-    "halving 4 > 2 at .6": MANY | {"mode": "halving", "starts": 4, "halving_sigmas": (0.61,)},
-    "halving 5 > 2 at .6": MANY | {"mode": "halving", "starts": 5, "halving_sigmas": (0.61,)},
-    "halving 6 > 3 > 1 at .8, .5": CPS
-    | {"mode": "halving", "starts": 6, "noise_level": 1.0, "share_first": True, "halving_sigmas": (0.8, 0.5)},
+    "halving 4 > 2 > 1 at .9, .75": HALVING | {"starts": 4},
+    "halving 3 > 1 at .6": HALVING | {"starts": 3, "halving_sigmas": (0.61,)},
+    "halving 4 > 2 at .6": HALVING | {"starts": 4, "halving_sigmas": (0.61,)},
+    "halving 4 > 2 > 1 at .8, .3": HALVING | {"starts": 4, "halving_sigmas": (0.8, 0.3)},
+    "halving 5 > 2 > 1 at .8, .3": HALVING | {"starts": 5, "halving_sigmas": (0.8, 0.3)},
+    "halving 8 > 4 > 2 at .8, .7": HALVING | {"starts": 8, "halving_sigmas": (0.8, 0.71)},
+    "halving 6 > 3 > 1 at .8, .5": HALVING | {"starts": 6, "halving_sigmas": (0.8, 0.5)},
     "best-of-2, refined": MANY | {"starts": 2, "refine": 1},
     "best-of-2, refined twice": MANY | {"starts": 2, "refine": 2},
     "best-of-2, refined by k=2": MANY | {"starts": 2, "refine": 1, "refine_beams": 2},

@@ -246,7 +246,10 @@ def test_two_processes_are_one(tmp_path: Path, config, reward_folder: Path) -> N
     others = [
         {"algorithm": "nft-step", "nft_levels": 2, "eval_every": 0},
         {"algorithm": "direct", "direct_steps": 2, "kl_beta": 0.1, "eval_every": 0},
-    ]
+        # No learning of the policy: AdamW's second update would magnify rounding.
+        {"algorithm": "tempflow", "updates": 2, "lr": 0.0, "eval_every": 0, "refresh_every": 1, "refresh_by": "shapes",
+         "refresh_prompts": 4, "refresh_samples": 2, "refresh_steps": 3},
+    ]  # fmt: skip
     others = [two | more | {"out": str(tmp_path / f"two-{more['algorithm']}")} for more in others]
     done = in_two_processes(tmp_path, [stop, two, *others])
     assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:3000]
@@ -262,6 +265,9 @@ def test_two_processes_are_one(tmp_path: Path, config, reward_folder: Path) -> N
         name = more["algorithm"]
         align(resolve("grpo", flags=more | {"out": str(tmp_path / name)}))
         same_weights(tmp_path / name, tmp_path / f"two-{name}")
+    x, y = (load_file(tmp_path / name / "reward" / "model.safetensors") for name in ("tempflow", "two-tempflow"))
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], atol=2e-4, rtol=0)
     for table in ("metrics", "rollouts", "evals"):
         a, b = (read(tmp_path / name / table) for name in ("one", "two"))
         a, b = (t.drop(columns="seconds", errors="ignore") for t in (a, b))
@@ -313,8 +319,9 @@ class InterruptAfter(Silent):
         {"ema_decay": 0.5, "warmup_updates": 2, "kl_beta": 0.1},
         {"algorithm": "nft-step", "old_decay_rate": 0.3, "nft_levels": 2},
         {"algorithm": "direct", "direct_form": "refl", "reward_draws": 2},
+        {"refresh_every": 2, "refresh_by": "shapes", "refresh_prompts": 2, "refresh_samples": 2, "refresh_steps": 3},
     ],
-    ids=["plain", "averaged", "nft-step", "direct"],
+    ids=["plain", "averaged", "nft-step", "direct", "refreshed"],
 )
 def test_resumed_is_unbroken_bit_for_bit(tmp_path: Path, config, extra: dict) -> None:
     whole = align(config(tmp_path / "whole", **extra))
@@ -566,8 +573,13 @@ def test_spread_and_ceiling(tmp_path: Path, config, reward_folder: Path) -> None
         aligner(config(tmp_path, spread_penalty=1.0), tmp_path / "e")
 
 
-def test_full_fine_tuning_saves_a_pipeline_of_its_own(tmp_path: Path, config) -> None:
-    flags = {"train": "full", "lr": 1e-4, "kl_beta": 0.1, "updates": 3, "eval_every": 3}
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"algorithm": "nft", "ema_decay": 0.5}, {"algorithm": "direct", "direct_steps": 2, "ema_decay": 0.5}],
+    ids=["step-grpo", "nft", "direct"],
+)
+def test_full_fine_tuning_saves_a_pipeline_of_its_own(tmp_path: Path, config, extra: dict) -> None:
+    flags = {"train": "full", "lr": 1e-4, "kl_beta": 0.1, "updates": 3, "eval_every": 3} | extra
     summary = align(config(tmp_path / "whole", **flags))
     assert summary["lora"] is None
     assert (tmp_path / "whole" / "generator" / "model_index.json").exists()

@@ -2,7 +2,8 @@
 
 A real StableDiffusion3Pipeline, only small: two CLIP text encoders that learn to read captions, a VAE, and an SD3
 transformer trained by flow matching (Esser et al. 2024, arXiv 2403.03206) on pictures of which half are flawed, so that
-alignment has room; and a reward model on top of it. Only captions of the train split are seen. Saved as safetensors only.
+alignment has room; a reward model on top of it; and that one trained further on what the pipeline itself draws. Only
+captions of the train split are seen. Saved as safetensors only.
 
 The same seed and the same number of threads give the same weights on the same machine.
 """
@@ -361,6 +362,30 @@ def build_reward(out: Path, generator: Path, *, seed: int, steps: int, prompts: 
         "shapes_prompts": prompts,
     }
     summary = train_reward.run(resolve("train-reward", flags=flags), Silent())
+    _keep(summary, out, work, started, log)
+
+
+def build_own_reward(out: Path, *, captions: int, pictures: int, steps: int, log=print) -> None:
+    """Train the shipped reward model on: `drm data make` by the step that search takes, `drm train-reward --init`."""
+    from drmcli.config import resolve
+    from drmcli.recipes import data_make, train_reward
+    from drmcli.run import Silent
+
+    started = time.time()
+    work = out.with_name(out.name + ".part")
+    made = {"limit": captions, "num_images": pictures, "step_rule": "cps", "batch_size": 64, "out": str(work / "own")}
+    own = data_make.run(resolve("data-make", flags=made), Silent())["data"]
+    flags = {
+        "init": "{package}/tiny/weights/reward", "data": [f"{own}=0.85", "shapes=0.15"], "shapes_prompts": 400,
+        "steps": steps, "lr": 1e-3, "head_lr": 2e-3, "shared_noise": False,
+        "eval_data": ["shapes"], "cache_dir": str(work / "cache"), "out": str(work / "run"),
+    }  # fmt: skip
+    summary = train_reward.run(resolve("train-reward", flags=flags), Silent())
+    _keep(summary, out, work, started, log)
+
+
+def _keep(summary: dict, out: Path, work: Path, started: float, log) -> None:
+    """Move the reward model of a run in a working folder to its place."""
     shutil.rmtree(out, ignore_errors=True)
     Path(summary["reward"]).rename(out)
     shutil.rmtree(work)
@@ -371,9 +396,12 @@ def build_reward(out: Path, generator: Path, *, seed: int, steps: int, prompts: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "weights", help="folder of generator/ and reward/"
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "weights",
+        help="folder of generator/, reward/ and reward-own/",
     )
-    parser.add_argument("--only", choices=("generator", "reward"), help="make one of the two")
+    parser.add_argument("--only", choices=("generator", "reward", "reward-own"), help="make one of the three")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=1500)
@@ -382,6 +410,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--reward-steps", type=int, default=1200)
     parser.add_argument("--reward-prompts", type=int, default=3000)
+    parser.add_argument("--own-captions", type=int, default=560)
+    parser.add_argument("--own-pictures", type=int, default=12)
+    parser.add_argument("--own-steps", type=int, default=1600)
     parser.add_argument("--eager", action="store_true", help="do without torch.compile (no C++ compiler)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -389,7 +420,7 @@ def main() -> None:
     def log(line: str) -> None:
         print(line, flush=True)
 
-    if args.only != "reward":
+    if args.only in (None, "generator"):
         build(
             args.out / "generator",
             seed=args.seed,
@@ -401,7 +432,7 @@ def main() -> None:
             compiled=not args.eager,
             log=log,
         )
-    if args.only != "generator":
+    if args.only in (None, "reward"):
         build_reward(
             args.out / "reward",
             args.out / "generator",
@@ -410,6 +441,9 @@ def main() -> None:
             prompts=args.reward_prompts,
             log=log,
         )
+    if args.only in (None, "reward-own"):
+        sizes = {"captions": args.own_captions, "pictures": args.own_pictures, "steps": args.own_steps}
+        build_own_reward(args.out / "reward-own", **sizes, log=log)
 
 
 if __name__ == "__main__":

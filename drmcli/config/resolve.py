@@ -210,9 +210,11 @@ def spoken(ref: str | None) -> str:
     inside = package_path("{package}/tiny/weights/")
     text = package_path(ref or "none")
     if text.startswith(inside):
-        return {"reward": "the embedded reward model", "generator": "the embedded generator"}.get(
-            text.removeprefix(inside).strip("/"), "a file of the embedded world"
-        )
+        return {
+            "reward": "the embedded reward model",
+            "reward-own": "the embedded reward model of own samples",
+            "generator": "the embedded generator",
+        }.get(text.removeprefix(inside).strip("/"), "a file of the embedded world")
     return ref or "none"
 
 

@@ -156,14 +156,20 @@ def test_values_are_completed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None
     assert offered["out"]("runs/") == ["runs/a"]  # type: ignore[misc]
 
 
-def test_the_shell_completes_a_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "drmcli"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "_DRM_COMPLETE": "complete_bash", "COMP_WORDS": "drm sample --mode b", "COMP_CWORD": "3"},
-    )
-    assert done.stdout.split() == ["best-of-n", "beam"], done.stderr
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("drm sample --mode b", ["best-of-n", "beam"]),
+        ("drm show runs/", ["runs/mine"]),
+        ("drm config show pa", ["paper"]),
+    ],
+)
+def test_the_shell_completes_a_line(line: str, offered: list[str], tmp_path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    asked = {"_DRM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    command = [sys.executable, "-m", "drmcli"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == offered, done.stderr
     assert "torch" not in done.stderr
 
 

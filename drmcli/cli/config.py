@@ -37,7 +37,7 @@ def list_presets(as_json: o.Json = False) -> None:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A preset.")],
+    name: Annotated[str, typer.Argument(help="A preset.", autocompletion=o.offering(o.presets))],
     command: Annotated[
         str | None, typer.Option(help="Show every key of one command, resolved, with what it means.")
     ] = None,

@@ -53,7 +53,10 @@ def list_datasets(as_json: o.Json = False) -> None:
 
 @app.command("get")
 def get(
-    name: Annotated[str, typer.Argument(help="A published dataset; `drm data list` names them.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A published dataset; `drm data list` names them.", autocompletion=o.offering(o.datasets)),
+    ],
     split: Annotated[str | None, typer.Option(help="Split (default: the one that is benched).")] = None,
     data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where to put it (default: data/NAME).")] = None,
     as_json: o.Json = False,
@@ -87,7 +90,12 @@ def get(
 @app.command("check")
 def check(
     path: Annotated[
-        str, typer.Argument(metavar="NAME|PATH", help="A file of pairs or rankings, or a published dataset.")
+        str,
+        typer.Argument(
+            metavar="NAME|PATH",
+            help="A file of pairs or rankings, or a published dataset.",
+            autocompletion=o.offering(o.datasets),
+        ),
     ],
     data_dir: o.DataDir = None,
     split: Annotated[str | None, typer.Option(help="Split of a published dataset.")] = None,

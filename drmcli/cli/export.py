@@ -13,7 +13,11 @@ from drmcli.cli import options as o
 def export(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="A run folder (default: the newest in runs/ that made a model)."),
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run folder (default: the newest in runs/ that made a model).",
+            autocompletion=o.offering(lambda: o.run_folders("*")),
+        ),
     ] = None,
     **options: Any,
 ) -> None:

@@ -15,7 +15,20 @@ from drmcli.cli.fields import ConfigField, fields_of, singular
 
 MODEL, RUN, OUTPUT = "Models", "Run", "Run"
 
-Preset = Annotated[str | None, typer.Option(help="Preset: tiny (default), sd35-medium, paper.", rich_help_panel=MODEL)]
+
+def offering(values: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """What the shell asks for the completion of a value: those that begin with what is typed."""
+    return lambda incomplete: [value for value in values() if value.startswith(incomplete)]
+
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Preset: tiny (default), sd35-medium, paper.",
+        rich_help_panel=MODEL,
+        autocompletion=offering(lambda: presets()),  # defined below
+    ),
+]
 ConfigFile = Annotated[
     str | None,
     typer.Option(
@@ -164,11 +177,11 @@ def completion(f: ConfigField) -> Callable[[str], list[str]] | None:
     """What the shell offers for a value."""
     known: dict[str, Callable[[], list[str]]] = {
         "preset": presets, "dataset": datasets, "data": datasets, "eval_data": datasets, "scorers": scorers, "against": scorers,
-        "judge": scorers, "add_rewards": scorers, "reward": rewards,
+        "judge": scorers, "add_rewards": scorers, "reward": rewards, "init": rewards, "label": scorers,
         "lora": lambda: run_folders("*/lora"), "out": lambda: run_folders("*"),
     }  # fmt: skip
     values = known.get(f.name) or ((lambda: list(f.choices)) if f.choices else None)
-    return None if values is None else lambda incomplete: [v for v in values() if v.startswith(incomplete)]
+    return None if values is None else offering(values)
 
 
 def presets() -> list[str]:

@@ -17,6 +17,9 @@ Every option of every command, as `drm COMMAND --help-all` shows them. A value i
 `--config`, `--preset`, default. Every command has `--json` (one JSON object on stdout), `--quiet` (the run folder's path alone),
 `--debug` (tracebacks), `--help`.
 
+`drm --install-completion` teaches the shell (bash, zsh, fish, PowerShell) to complete commands, options and values: presets, modes,
+datasets, scorers, and the runs and models under `runs/`.
+
 This page is made by `python -m drmcli.cli.reference`.
 """
 EVERYWHERE = {"--json", "--quiet", "--debug", "--help", "--help-all"}

@@ -11,7 +11,12 @@ from drmcli.cli import options as o
 
 def show(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run folder (default: the newest in runs/).")
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run folder (default: the newest in runs/).",
+            autocompletion=o.offering(lambda: o.run_folders("*")),
+        ),
     ] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from drmcli.config import local_or_hub
-from drmcli.hub import explained, quiet_hub
+from drmcli.hub import explained, is_network, quiet_hub
 
 HEAD = 1 << 20
 """Bytes that are read of the start of a file of weights."""
@@ -18,7 +19,7 @@ PIECES, PIECE = 64, 1 << 16
 """Pieces that are read of the rest, evenly spaced, and bytes in each: weights differ everywhere or nowhere."""
 VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.non_ema*", "*.ema*")
 """Copies of the weights in other number formats, which are not loaded."""
-READ = (".json", ".txt", ".model", ".safetensors")
+READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
 """Files that decide what a part computes."""
 
 
@@ -27,6 +28,42 @@ def reach(where: str, revision: str | None) -> Path:
     if Path(where).is_dir():
         return Path(where) / "model_index.json"
     return Path(hf_hub_download(where, "model_index.json", revision=revision))
+
+
+def files_of(where: str, name: str, revision: str | None) -> list[str]:
+    """Names of a part's files: of a folder, of the hub's repository, or of what is cached of it where the hub cannot be reached."""
+    home = Path(where)
+    if not home.is_dir():
+        try:
+            listed = HfApi().list_repo_files(where, revision=revision)
+            return sorted(file.removeprefix(f"{name}/") for file in listed if Path(file).parent == Path(name))
+        except Exception as error:
+            if not is_network(error):
+                raise
+            home = reach(where, revision).parent
+    return sorted(file.name for file in (home / name).glob("*"))
+
+
+def at_hand(where: str, names: Sequence[str], revision: str | None, *, whole: bool = False) -> str:
+    """A folder with a pipeline's index and these of its parts: `where` itself, or what is fetched from the hub if it is not there.
+
+    Of a part come the files that decide what it computes, or with `whole` all: of tokenizers and others without weights.
+    """
+    if Path(where).is_dir():
+        return where
+    wanted = ["model_index.json"]
+    for name in names:
+        files = ["*"] if whole else decisive(files_of(where, name, revision))
+        wanted += [f"{name}/{file}" for file in files]
+    return snapshot_download(where, revision=revision, allow_patterns=wanted)
+
+
+def decisive(files: Sequence[str]) -> list[str]:
+    """Those of a part's files that decide what it computes: without the copies of its weights in other number formats."""
+    read = sorted(file for file in files if file.endswith(READ))
+    plain = [file for file in read if not any(fnmatch(file, variant) for variant in VARIANTS)]
+    # Weights in one format alone, with its name in theirs, are no copies.
+    return plain if any(file.endswith(".safetensors") for file in plain) else read
 
 
 def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str = "--generator") -> dict[str, str]:
@@ -41,19 +78,14 @@ def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str 
         present = [name for name in names if listed.get(name, [None, None])[0] is not None]
         absent = [name for name in present if not any((index.parent / name).glob("*.json"))]
         if absent and not Path(where).is_dir():
-            wanted = [f"{name}/*{suffix}" for name in absent for suffix in READ]
-            snapshot_download(where, revision=revision, allow_patterns=wanted, ignore_patterns=list(VARIANTS))
+            at_hand(where, absent, revision)
         return {name: of_folder(index.parent / name) for name in present}
 
 
 def of_folder(folder: Path) -> str:
     """A short hash of one part's config, vocabulary and weights."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in READ)
-    plain = [file for file in files if not any(file.match(variant) for variant in VARIANTS)]
-    if not any(file.suffix == ".safetensors" for file in plain):  # weights in one format alone, with its name in theirs
-        plain = files
     digest = hashlib.sha256()
-    for file in plain:
+    for file in map(folder.joinpath, decisive([file.name for file in folder.iterdir()])):
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         digest.update(_sampled(file))
     return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
 from drmcli.families import family_of
 from drmcli.families.base import Conditioning, Family, check_negative, latent_space
-from drmcli.fingerprints import of_parts, reach
+from drmcli.fingerprints import at_hand, of_parts, reach
 from drmcli.hub import explained, quiet_hub
 from drmcli.loading import denoiser_files, fill, finite, opened, skeleton, variant_of
 from drmcli.lora import load_lora
@@ -72,9 +72,10 @@ def load_part(
     straight: dict[str, Any] = {}
     if issubclass(kind, PreTrainedModel) and torch.device(device).type != "cpu":
         straight["device_map"] = {"": device}
+    home = at_hand(where, [name], revision)
     model, found = kind.from_pretrained(  # type: ignore[attr-defined]
-        where, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True,
-        variant=variant_of(where, name), **straight,
+        home, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant_of(home, name),
+        **straight,
     )  # fmt: skip
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
@@ -158,7 +159,8 @@ class Generator:
                     parts[name] = load_part(wanted[name], where, name, revision=revision, dtype=dtype, device=device)
             if family.denoiser in wanted:
                 parts[family.denoiser] = load_denoiser(family, where, revision=revision, dtype=dtype, device=device)
-            pipe = kind.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True, **absent, **parts)
+            home = at_hand(where, [name for name in given if name not in absent | parts], revision, whole=True)
+            pipe = kind.from_pretrained(home, dtype=dtype, use_safetensors=True, **absent, **parts)
         for name, module in pipe.components.items():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)

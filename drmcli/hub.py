@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,7 +87,10 @@ def quiet_hub():
     level = pools.level
     pools.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers passes its client an argument that the client no longer knows
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+            yield
     finally:
         hub_logging.set_verbosity(before)
         pools.setLevel(level)

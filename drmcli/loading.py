@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from drmcli.errors import InputError
+from drmcli.fingerprints import at_hand
 
 READERS = min(4, os.cpu_count() or 1)
 """Tensors that are read at once: a read from the page cache keeps one core busy, a GPU's transfer another."""
@@ -32,9 +32,9 @@ NAME = "diffusion_pytorch_model"
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def variant_of(where: str, name: str) -> str | None:
-    """The number format in the names of a local part's weights (`*.fp16.safetensors`), where there are no others."""
-    files = [f.name for f in (Path(where) / name).glob("*.safetensors")]
+def variant_of(folder: str, name: str) -> str | None:
+    """The number format in the names of a part's weights (`*.fp16.safetensors`), where there are no others."""
+    files = [f.name for f in (Path(folder) / name).glob("*.safetensors")]
     found = {v for f in files for v in ("fp16", "bf16", "fp8", "non_ema") if f".{v}." in f or f".{v}-0" in f}
     plain = [f for f in files if not any(f".{v}" in f for v in found)]
     return sorted(found)[0] if found and not plain else None
@@ -45,21 +45,15 @@ def denoiser_files(where: str, name: str, revision: str | None) -> list[Path]:
 
     Raises InputError for one that holds none.
     """
-    folder = Path(where)
-    variant = variant_of(where, name) if folder.is_dir() else None
+    home = at_hand(where, [name], revision)
+    folder, variant = Path(home) / name, variant_of(home, name)
     ending = f".{variant}" if variant else ""
-    if not folder.is_dir():
-        folder = Path(snapshot_download(where, revision=revision, allow_patterns=[f"{name}/*.json"]))
     names = [f"{NAME}{ending}.safetensors"]
     for index in (f"{NAME}.safetensors.index{ending}.json", f"{NAME}{ending}.safetensors.index.json"):
-        if (folder / name / index).is_file():
-            places = json.loads((folder / name / index).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
             break
-    if not Path(where).is_dir():
-        wanted = [f"{name}/{file}" for file in names]
-        folder = Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
-    files = [folder / name / file for file in names]
+    files = [folder / file for file in names]
     for file in files:
         if not file.is_file():
             raise InputError(f"{where}: {name} has no {file.name}", hint="drm reads weights from safetensors only")

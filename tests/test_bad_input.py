@@ -333,7 +333,7 @@ def _hub_while_offline(b):
     return train("--generator", "somebody/some-model")
 
 
-@case(2, "cannot be loaded")
+@case(2, "has no diffusion_pytorch_model.safetensors")
 def _pickled_weights(b):
     folder = b.copy(b.generator)
     for file in folder.rglob("*.safetensors"):

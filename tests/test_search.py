@@ -235,7 +235,10 @@ def test_shipped_tables(preset: str) -> None:
         (["--mode", "auto", "--budget", "1"], "--budget 1: too little"),
         (["--mode", "auto", "--budget", "0"], "--budget"),
         (["--mode", "auto", "--budget", "30", "--steps", "7"], "measured with steps 10, not 7"),
-        (["--mode", "auto", "--budget", "30", "--preset", "paper"], "nothing was measured for preset paper"),
+        (
+            ["--mode", "auto", "--budget", "30", "--preset", "paper", "--reward", "pickscore"],
+            "nothing was measured for preset paper",
+        ),
         (["--mode", "auto", "--budget", "30", "--methods", "gone.yaml"], "--methods gone.yaml: cannot be read"),
         (["--mode", "auto", "--budget", "30", "--methods", "bad.yaml"], "--methods bad.yaml: no table of methods"),
         (["--mode", "auto", "--budget", "30", "--methods", "odd.yaml"], "--methods odd.yaml: odd: starts: "),

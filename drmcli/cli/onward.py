@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ ALONE: dict[tuple[str, ...], Words] = {
 
 
 def say(words: Words | None) -> None:
-    """The last line of a command, on stderr; nothing where there is no next one."""
+    """The last line of a command, on stderr; nothing where there is no next one, or where stdout failed."""
     from drmcli.cli.output import stderr
 
-    if words:
+    sys.stdout.flush()
+    if words and not getattr(sys.stdout, "fault", ""):
         stderr().print(f"next: {shlex.join(words)}")
 
 

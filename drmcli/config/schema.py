@@ -281,6 +281,8 @@ class Sample(Common, Drawing):
     """Trajectories that beam keeps."""
     first_cut: Sigma | None = None
     """Of beam: sigma at which the starts are cut to those kept, and before which there are no candidates; None is at once."""
+    halving_sigmas: list[Sigma] = Field(default_factory=lambda: [0.9, 0.75, 0.5], min_length=1, max_length=1000)
+    """Of halving: sigmas at which the worse half is dropped."""
     share_first: bool = False
     """All starts share the first forward pass; with cps and --noise-level 1 nothing is lost."""
     refine: Annotated[int, Field(ge=0, le=10_000)] = 0

@@ -84,6 +84,7 @@ def search_of(config: Sample) -> Search:
         starts=config.starts,
         keep=config.keep,
         first_cut=config.first_cut,
+        halving_sigmas=tuple(config.halving_sigmas),
         share_first=config.share_first,
         branch_sigmas=(config.branch_sigmas[0], config.branch_sigmas[1]),
         branch_steps=None if config.branch_steps is None else (config.branch_steps[0], config.branch_steps[-1]),

@@ -52,6 +52,13 @@ def is_embedded(ref: str) -> bool:
     return Path(package_path(ref)).is_relative_to(package_path("{package}"))
 
 
+def portable(ref: str) -> str:
+    """The reference as it holds on any machine, for files of the package and pipelines with a hub id; other folders as they are."""
+    if is_embedded(ref):
+        return "{package}/" + Path(package_path(ref)).relative_to(package_path("{package}")).as_posix()
+    return base_id(ref) or ref
+
+
 def shown(ref: str) -> str:
     """A reference for readers elsewhere: hub ids and the embedded models by their names, other folders by their last one."""
     if is_embedded(ref):
@@ -72,14 +79,14 @@ def reward_card(
     name: what `from_pretrained` is to be given.
     """
     base = base_id(model["base_model"])
-    taps = model.get("tap_layers")
+    taps, own = model.get("tap_layers"), "the base's own"
     tapped = f"blocks {', '.join(map(str, taps))}" if taps else "the last block that is kept"
     facts = [
         f"base: {_linked(model['base_model'])}, revision {model.get('base_revision') or 'main'}, without its last"
         f" {model.get('drop_layers', 3)} blocks",
         f"weights: {_BACKBONES[model.get('backbone', 'full')].format(rank=model.get('lora_rank'))};"
         f" the head reads the image tokens of {tapped}, has width {model.get('head_width')} and {model.get('head_pool')} pooling",
-        f"resolution in training: {model.get('resolution') or 'the base own'}; T5: {'yes' if model.get('text_encoder_3', True) else 'no'}",
+        f"resolution in training: {model.get('resolution') or own}; T5: {'yes' if model.get('text_encoder_3', True) else 'no'}",
     ]
     datasets: list[str] = []
     if config is not None:
@@ -89,7 +96,7 @@ def reward_card(
             f"data: {said}{pairs}; {config['steps']:,} steps of {config['batch_size']} pairs, {config['loss']} loss"
         )
     head = _head("drmcli", ["reward-model", "text-to-image", "diffusion"], base, datasets)
-    return f"""{head}
+    return _tidy(f"""{head}
 # A diffusion-based reward model
 
 Scores how well a picture, or a noisy latent at any step, serves a prompt. Higher is better; only differences for one prompt
@@ -105,7 +112,7 @@ print(model.score_images("picture.png", "a prompt"))
 ```
 {_trained_by("train-reward", config)}
 Method: DRM, {PAPER}. The licence of the base model applies to what was trained from it.
-"""
+""")
 
 
 _BACKBONES = {
@@ -128,8 +135,9 @@ def policy_card(
 
     kind: lora; generator, a whole pipeline; or transformer, its denoiser alone. summary: of the run, where it measured this policy.
     """
-    base = base_id(config["generator"])
-    load = f'pipe = DiffusionPipeline.from_pretrained("{base or "BASE"}")'
+    base, embedded = base_id(config["generator"]), is_embedded(config["generator"])
+    where = f'package_path("{portable(config["generator"])}")' if embedded else f'"{base or "BASE"}"'
+    load = f"pipe = DiffusionPipeline.from_pretrained({where})"
     use, what = {
         "lora": (
             f'{load}\npipe.load_lora_weights("{name}")',
@@ -148,19 +156,24 @@ def policy_card(
     ]
     tags = ["lora", "text-to-image"] if kind == "lora" else ["text-to-image"]
     head = _head("diffusers", tags, base, [])
-    return f"""{head}
+    return _tidy(f"""{head}
 # Aligned by `drm grpo`
 
 {_list(facts)}
 {_gain(summary) if summary else ""}
 ```python
 from diffusers import DiffusionPipeline
-
+{"from drmcli.config import package_path" if embedded and kind != "generator" else ""}
 {use}
 ```
 {_trained_by("grpo", config)}
 Method: DRM, {PAPER}. The licence of the base model applies.
-"""
+""")
+
+
+def _tidy(text: str) -> str:
+    """The text without double blank lines, which parts that are left out leave."""
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _head(library: str, tags: list[str], base: str | None, datasets: list[str]) -> str:
@@ -199,7 +212,7 @@ def _data(items: list[str]) -> tuple[str, list[str]]:
 def _accuracy(summary: Mapping[str, Any]) -> str:
     """Accuracy on held-out pairs by sigma, with its interval where the run has kept it."""
     rows = "".join(
-        f"| {row['sigma']:g} | {row['accuracy']:.1f} % | {_span(row.get('ci95'), '.1f')} |\n"
+        f"| {row['sigma']:g} | {_number(row['accuracy'], '.1f')} % | {_span(row.get('ci95'), '.1f')} |\n"
         for row in summary["eval_by_sigma"]
     )
     return f"""
@@ -212,17 +225,22 @@ Accuracy on {summary["eval_pairs"]:,} held-out pairs, with its 95 % interval ove
 
 def _gain(summary: Mapping[str, Any]) -> str:
     """Reward and judge on test prompts, before and after."""
-    rows = "".join(
-        f"| {key} | {summary[f'{key}_before']:.3f} | {summary[f'{key}_after']:.3f} | {_span(summary.get(f'{key}_gain_ci95'), '+.3f')} |\n"
-        for key in ("reward", "judge")
-        if summary.get(f"{key}_before") is not None
-    )
+    rows = ""
+    for key in ("reward", "judge"):
+        if summary.get(f"{key}_before") is not None:
+            before, after = (_number(summary[f"{key}_{moment}"], ".3f") for moment in ("before", "after"))
+            rows += f"| {key} | {before} | {after} | {_span(summary.get(f'{key}_gain_ci95'), '+.3f')} |\n"
     return f"""
 On test prompts, which chose nothing, with plain sampling:
 
 | | before | after | 95 % interval of the gain |
 |---|---|---|---|
 {rows}"""
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number in words; a dash where there is none."""
+    return "-" if value is None or value != value else f"{value:{form}}"
 
 
 def _span(ends: Any, form: str) -> str:

@@ -314,8 +314,6 @@ def test_a_base_that_is_a_folder(
     shutil.copytree(generator_folder, base)
     values = json.loads((run / "reward" / "config.json").read_text())
     (run / "reward" / "config.json").write_text(json.dumps(values | {"base_model": str(base)}))
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"generator": str(base)}))
     nameless = drm("export", run, "--push", "me/mine")
     assert (nameless.code, nameless.err.split(": ")[1]) == (2, "--base")
     warned = drm("export", run, "--to", tmp_path / "a")
@@ -328,6 +326,7 @@ def test_a_base_that_is_a_folder(
     assert (
         load_file(tmp_path / "a" / "model.safetensors").keys() == load_file(run / "reward" / "model.safetensors").keys()
     )
+    assert cards.portable(str(generator_folder)) == "{package}/tiny/weights/generator"
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"_name_or_path": "owner/saved"}))
     assert cards.base_id(str(base)) == "owner/saved"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from drmcli.algorithms import Prompts
+from drmcli.cli import render
 from drmcli.config import package_path, resolve
 from drmcli.embeddings import Embeddings
 from drmcli.errors import InputError, Interrupted, RunError
@@ -439,12 +441,17 @@ def test_embeddings_are_kept_on_the_cpu_and_not_for_ever() -> None:
     assert all(one is other for one, other in kept.kept.values())  # models of one base share theirs
 
 
-def test_one_prompt_and_one_picture(tmp_path: Path, config) -> None:
-    """No interval and no diversity: null, and the run ends well."""
+def test_one_prompt_and_one_picture(tmp_path: Path, config, capsys: pytest.CaptureFixture[str]) -> None:
+    """No interval and no diversity: null, a dash in the table and in the card, and the run ends well."""
     summary = align(config(tmp_path, updates=1, eval_prompts=1, eval_seeds=1, on_hacking="stop", prompts_per_update=1))
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary, allow_nan=False))
     assert summary["reward_gain_ci95"] == [None, None]
     assert summary["diversity_after"] is None
+    render.grpo(summary)
+    assert re.search(r"diversity +- +-", capsys.readouterr().out)
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert re.search(r"\| reward \| -?\d+\.\d{3} \| -?\d+\.\d{3} \| - \|", card)
+    assert 'from_pretrained(package_path("{package}/tiny/weights/generator"))' in card
 
 
 @pytest.mark.parametrize(("form", "steps", "expected"), [("draft", 1, 1), ("draft", 3, 3), ("refl", 1, 1)])

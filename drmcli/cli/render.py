@@ -116,6 +116,11 @@ def pictures(run: str, *names: str) -> str:
     return "".join(f"; {path}" for name in names if (path := Path(run) / f"{name}.png").is_file())
 
 
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number in words; a dash where there is none, as of the diversity of single pictures."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def geneval(s: dict[str, Any]) -> None:
     console = stdout()
     made = table(
@@ -315,8 +320,8 @@ def grpo(s: dict[str, Any]) -> None:
     for name, title in (("reward", "reward"), ("judge", "judge")):
         if s[f"{name}_before"] is not None:
             gain = span(s[f"{name}_gain_ci95"], "+.3f")
-            made.add_row(title, f"{s[f'{name}_before']:.3f}", f"{s[f'{name}_after']:.3f}", gain)
-    made.add_row("diversity", f"{s['diversity_before']:.3f}", f"{s['diversity_after']:.3f}", "")
+            made.add_row(title, number(s[f"{name}_before"]), number(s[f"{name}_after"]), gain)
+    made.add_row("diversity", number(s["diversity_before"]), number(s["diversity_after"]), "")
     console.print(made)
     if s["stopped"]:
         console.print(f"stopped: {s['stopped']}")
@@ -324,7 +329,8 @@ def grpo(s: dict[str, Any]) -> None:
         f"{s['generator_calls']} calls of the generator, {s['reward_calls']} of the rewards;"
         f" {s['train_seconds']:.0f} s of training on {s['device']}"
     )
-    console.print(f"LoRA: {s['lora']} (the last one: {s['lora_last']})")
+    made_what = f"LoRA: {s['lora']} (the last one: {s['lora_last']})" if s["lora"] else f"generator: {s['generator']}"
+    console.print(made_what)
     console.print(f"in {s['run']}{pictures(s['run'], 'before_after', 'curve')}")
 
 

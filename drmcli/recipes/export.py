@@ -122,7 +122,7 @@ def prepared(config: Export) -> tuple[Product, Path | None]:
             _check_name(flag, name)
     target = None if config.to is None else _free_folder(config.to)
     product = found(config.run)
-    product.base = config.base or cards.base_id(product.base) or product.base
+    product.base = config.base or cards.portable(product.base)
     if config.push and not named(product.base):
         raise InputError(
             f"--base: the run's base model is a folder of this machine, {product.base}",
@@ -191,7 +191,10 @@ def found(name: str) -> Product:
     model = next((folder / p for p in candidates if (folder / p).is_dir()), None)
     if model is None:
         raise InputError(f"{where}: its folder {candidates[0]} is gone", hint="run its command again with --overwrite")
-    return Product(folder, model, config, summary, str(config.get("generator", "")))
+    base = config.get("generator", "")
+    if model.name == "reward":  # a run that went on from another model keeps that one's base
+        base = (read_object(model / "config.json", where) or {}).get("base_model", base)
+    return Product(folder, model, config, summary, str(base))
 
 
 def newest() -> Path:
@@ -221,7 +224,7 @@ def fill(product: Product, name: str) -> None:
         product.files[file.relative_to(folder).as_posix()] = file
     if kind == "reward":
         values = read_object(folder / "config.json", f"RUN {product.run}") or {}
-        if not named(str(values.get("base_model", ""))) and named(product.base):
+        if values.get("base_model") != product.base and named(product.base):
             values["base_model"] = product.base
             product.files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
         card = cards.reward_card(values, config=product.config, summary=product.summary, name=name)

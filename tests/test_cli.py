@@ -32,7 +32,7 @@ COMMANDS = [
     "config",
     "doctor",
 ]
-HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib", "yaml")
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib", "yaml", "numpy", "pydantic", "rich")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -48,6 +48,28 @@ print([m for m in {HEAVY!r} if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_happens_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """The first line of a run waits for the config's check alone."""
+    code = f"""
+import sys
+from drmcli.cli import output
+from drmcli.cli.app import invoke
+
+def note(self, text):
+    print(text, [m for m in {HEAVY!r} if m in sys.modules], flush=True)
+    raise SystemExit
+
+output.Screen.note = note
+for argv in ["sample x", "grpo", "bench", "train-reward", "demo", "score x.png --prompt x"]:
+    invoke([*argv.split(), "--out", "o"])
+"""
+    (tmp_path / "x.png").touch()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6, done.stderr
+    assert all(re.match(r"drm .* into o \['yaml', 'pydantic'\]$", line) for line in lines), lines
 
 
 def test_importing_the_package_imports_no_torch_and_prints_nothing() -> None:

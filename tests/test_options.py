@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer.main
 
 from drmcli import config as configs
-from drmcli.cli import fields, options
+from drmcli.cli import fields, options, pages
+from drmcli.cli.app import make_app
 from drmcli.errors import InputError
 
 PAGES = ["demo", "train-reward", "bench", "score", "sample", "grpo", "serve", "reproduce", "show", "doctor"]
@@ -218,3 +221,43 @@ def test_rewards_are_repeated(command: list[str], monkeypatch: pytest.MonkeyPatc
         monkeypatch, drm, *command, "--reward", "clip=2", "--reward", "pickscore=0.5", "--add-reward", "shapes"
     )
     assert (found["reward"], found["add_rewards"]) == ("clip=2", ["pickscore=0.5", "shapes"])
+
+
+@pytest.mark.parametrize(
+    "argv, title",
+    [
+        ("", "Usage: drm [OPTIONS] COMMAND"),
+        ("data", "Usage: drm data [OPTIONS] COMMAND"),
+        ("score", "Usage: drm score [OPTIONS] [IMAGE...]"),
+        ("data make -h", "Usage: drm data make [OPTIONS] [PROMPTS]"),
+        ("show --help", "Usage: drm show [OPTIONS] [RUN]"),
+        ("data get --json --help", "Usage: drm data get [OPTIONS] NAME"),
+        ("sample", None),
+        ("sample -- --help", None),
+        ("nosuch --help", None),
+        ("data nosuch --help", None),
+        ("score a.png", None),
+    ],
+)
+def test_which_page_is_asked_for(argv: str, title: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = typer.main.get_command(make_app(argv.split()))
+    found = pages.asked(root, argv.split())
+    assert found is None if title is None else (found or "").startswith(title)
+    monkeypatch.setenv("_DRM_COMPLETE", "complete_bash")
+    assert pages.asked(root, argv.split()) is None, "the shell completes a line"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100])
+def test_pages_keep_to_their_width(width: int) -> None:
+    """Whatever the terminal, and an example that is broken can still be pasted into a shell."""
+    root = typer.main.get_command(make_app(["sample", "grpo", "data"]))
+    for command in (root, root.commands["sample"], root.commands["grpo"], root.commands["data"].commands["make"]):  # type: ignore[attr-defined]
+        found = pages.page(command, "drm x", width)
+        long = [line for line in found.splitlines() if len(line) > width]
+        assert all(len(line.split()) <= 3 or '"' in line for line in long), (
+            long
+        )  # what cannot be broken: a name, a quoted text
+        assert "[bold]" not in found
+    example = pages._example('drm sample "a large red circle" --stepwise --beams 4', width)
+    assert shlex.split("\n".join(example)) == ["drm", "sample", "a large red circle", "--stepwise", "--beams", "4"]
+    assert all(line.rstrip(" \\").count('"') % 2 == 0 for line in example)

@@ -22,6 +22,7 @@ from drmcli.cli import (
     export,
     grpo,
     onward,
+    pages,
     reproduce,
     sample,
     score,
@@ -124,8 +125,12 @@ def invoke(argv: list[str]) -> int:
                 words = [*argv, *os.environ.get("COMP_WORDS", "").split()]  # the second: the shell completes a line
                 app = make_app(words, everything=everything)
                 asked = ["--help" if everything and word == "--help-all" else word for word in argv]
-                code = app(asked, prog_name="drm", standalone_mode=False)
-                code = code if isinstance(code, int) else 0
+                if (page := pages.asked(typer.main.get_command(app), asked)) is not None:
+                    print(page)
+                    code = 0
+                else:
+                    code = app(asked, prog_name="drm", standalone_mode=False)
+                    code = code if isinstance(code, int) else 0
                 if code == 130 and signals.came():  # before the command itself: Typer has made an exit code of it
                     raise Interrupted("interrupted", hint=signals.AGAIN)
         except BaseException as error:
@@ -164,8 +169,6 @@ def explain(error: BaseException) -> Told:
         return Told("", "", error.exit_code)
     if isinstance(error, typer.TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if not message.strip():  # the help page was asked for by giving nothing
-            return Told("", "", 0)
         command = getattr(getattr(error, "ctx", None), "command_path", "drm")
         return Told(message, f"`{command} --help` lists what there is", 2)
     if is_out_of_memory(error):

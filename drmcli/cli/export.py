@@ -14,7 +14,7 @@ def export(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="A run folder (default: the newest in runs/ that made a model).",
             autocompletion=o.offering(lambda: o.run_folders("*")),
         ),

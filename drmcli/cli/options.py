@@ -39,7 +39,9 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any config key; may be repeated.", rich_help_panel=RUN),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random (default: 0).", rich_help_panel=RUN)]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of everything random (default: 0).", rich_help_panel=RUN)
+]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1 or cpu.", rich_help_panel=MODEL)]
 Dtype = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=MODEL)]
 DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder with a published dataset in its own layout.")]
@@ -64,6 +66,8 @@ METAVARS = {
     "to": "FOLDER", "push": "OWNER/NAME", "base": "OWNER/NAME",
 }  # fmt: skip
 """What stands for a value in help, where its type says too little."""
+KINDS = {int: "N", float: "X", str: "TEXT", bool: ""}
+"""What stands for a value of a type."""
 COMMON = {
     MODEL: "preset generator reward device dtype",
     RUN: "out seed cache_dir overwrite",
@@ -139,6 +143,7 @@ class Command:
         repeated = f.name == "reward" and self.repeats_reward
         if repeated:
             metavar = "SCORER[=WEIGHT]"
+        metavar = metavar or ("NAME" if f.choices else KINDS[f.kind])
         if f.kind is bool:
             metavar = None
             flags = [f"{flags[0]}/--no-{flags[0][2:]}"] if f.default else flags
@@ -232,7 +237,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
     from importlib import import_module
 
     from drmcli import config as configs
-    from drmcli.cli import inputs, onward, render
+    from drmcli.cli import inputs, onward
     from drmcli.cli.output import Screen, show_json
 
     flags = {k: v for k, v in options.items() if k not in NOT_CONFIG}
@@ -246,10 +251,13 @@ def execute(command: str, options: dict[str, Any]) -> None:
         if options["as_json"]:
             show_json({"command": command, "config": configs.to_dict(config), "plan": plan})
         else:
+            from drmcli.cli import render
+
             render.plan(command, configs.to_yaml(config, command), plan)
         return
-    with Screen(quiet=options["quiet"] or options["as_json"]) as screen:
-        screen.note(what_happens(command, config))
+    screen = Screen(quiet=options["quiet"] or options["as_json"])
+    screen.note(what_happens(command, config))
+    with screen:
         screen.busy("load")
         summary = import_module(module).run(config, screen)
     if not _is_main():
@@ -259,6 +267,8 @@ def execute(command: str, options: dict[str, Any]) -> None:
     elif options["quiet"]:
         print(summary["run"])
     else:
+        from drmcli.cli import render
+
         render.SUMMARIES[command](summary)
         onward.say(onward.after(command, summary, configs.to_dict(config)))
     limit = getattr(config, "fail_under", None)

@@ -10,21 +10,14 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from drmcli.errors import DrmWarning
+
+if TYPE_CHECKING:  # a tenth of a second, which a help page does without
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 PLAIN_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -37,12 +30,16 @@ LONGEST = 600
 def stdout() -> Console:
     """Text is printed as it is: what people name (prompts, files, folders) may hold brackets and colons that Rich would read as
     markup. A pipe has no width, so nothing is wrapped there."""
+    from rich.console import Console
+
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def stderr() -> Console:
     """As `stdout`, for progress, notes and errors."""
+    from rich.console import Console
+
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -94,18 +91,32 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
-        self.console = stderr()
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.waiting: TaskID | None = None
         self.starts: dict[str, tuple[float, int]] = {}
         self.said: dict[str, float] = {}
 
+    @cached_property
+    def console(self) -> Console:
+        """Made when it is needed first: the line that says what happens does not wait for Rich."""
+        return stderr()
+
     def __enter__(self) -> Screen:
         # Until the work is done stdout is stderr: what a library or a scorer of the user's prints must not get into --json.
         self._away = contextlib.redirect_stdout(sys.stderr)
         self._away.__enter__()
         if self.console.is_terminal and not self.quiet:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
             self.bars = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
@@ -156,8 +167,11 @@ class Screen:
         print(f"{task}: {done}/{total}{eta}{'  ' + more if more else ''}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        if not self.quiet:
-            self.console.print(f"note: {plain(text, LONGEST)}")
+        line = f"note: {plain(text, LONGEST)}"
+        if self.bars:
+            self.console.print(line)
+        elif not self.quiet:
+            print(line, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {plain(text, LONGEST)}", style="yellow")

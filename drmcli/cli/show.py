@@ -13,7 +13,7 @@ def show(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="A run folder (default: the newest in runs/).",
             autocompletion=o.offering(lambda: o.run_folders("*")),
         ),

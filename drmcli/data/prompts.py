@@ -9,7 +9,6 @@ from typing import Any
 from drmcli.data.rows import MAX_BAD, BadRow, LeftOut, Table, sound_prompt
 from drmcli.data.text import lines, parse_json, read_text, short
 from drmcli.errors import InputError
-from drmcli.tiny import world
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff")
 COLUMNS = ("prompt", "prompts", "prompt_en", "text", "caption", "captions")
@@ -17,9 +16,15 @@ COLUMNS = ("prompt", "prompts", "prompt_en", "text", "caption", "captions")
 KEYS = tuple(column for column in COLUMNS if column != "text")
 """Where an object has it: an object with `text` may be anything."""
 TABLES = (".csv", ".tsv")
-PROMPT_SETS: dict[str, Callable[[], dict[str, list[str]]]] = {
-    "shapes": lambda: {split: list(world.captions(split)) for split in world.SPLITS}
-}
+
+
+def _shapes() -> dict[str, list[str]]:
+    from drmcli.tiny import world  # with numpy, which takes longer to import than a file of prompts to read
+
+    return {split: list(world.captions(split)) for split in world.SPLITS}
+
+
+PROMPT_SETS: dict[str, Callable[[], dict[str, list[str]]]] = {"shapes": _shapes}
 """Sets of prompts that are made, not read: their prompts by split (train, val, test)."""
 _HINT = "write a prompt a line, JSON texts or objects with `prompt`, or a table with a column `prompt`"
 

@@ -127,6 +127,8 @@ def invoke(argv: list[str]) -> int:
                 asked = ["--help" if everything and word == "--help-all" else word for word in argv]
                 if (page := pages.asked(typer.main.get_command(app), asked)) is not None:
                     print(page)
+                    if words := onward.ALONE.get(tuple(argv)):  # the end of the page, which is all that was asked for
+                        print(f"\nnext: {' '.join(words)}")
                     code = 0
                 else:
                     code = app(asked, prog_name="drm", standalone_mode=False)
@@ -140,8 +142,6 @@ def invoke(argv: list[str]) -> int:
             told = explain(found)
             if told.message:
                 show_error(told.message, told.hint)
-            elif isinstance(found, typer.TyperException):  # the help page of words alone
-                onward.say(onward.ALONE.get(tuple(argv)))
             code = told.code
         if fault := out.close():
             show_error(f"stdout: cannot be written: {fault}", "what a run has made is in its folder: drm show")

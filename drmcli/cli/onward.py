@@ -31,11 +31,9 @@ ALONE: dict[tuple[str, ...], Words] = {
 
 def say(words: Words | None) -> None:
     """The last line of a command, on stderr; nothing where there is no next one, or where stdout failed."""
-    from drmcli.cli.output import stderr
-
     sys.stdout.flush()
     if words and not getattr(sys.stdout, "fault", ""):
-        stderr().print(f"next: {shlex.join(words)}")
+        print(f"next: {shlex.join(words)}", file=sys.stderr, flush=True)
 
 
 def after(command: str, summary: Summary, config: Config) -> Words | None:

@@ -53,13 +53,13 @@ print([m for m in {HEAVY!r} if m in sys.modules])
 def test_what_happens_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     """The first line of a run waits for the config's check alone."""
     code = f"""
-import sys
+import sys, typer
 from drmcli.cli import output
 from drmcli.cli.app import invoke
 
 def note(self, text):
     print(text, [m for m in {HEAVY!r} if m in sys.modules], flush=True)
-    raise SystemExit
+    raise typer.Exit
 
 output.Screen.note = note
 for argv in ["sample x", "grpo", "bench", "train-reward", "demo", "score x.png --prompt x"]:

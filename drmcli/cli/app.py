@@ -127,8 +127,8 @@ def invoke(argv: list[str]) -> int:
                 asked = ["--help" if everything and word == "--help-all" else word for word in argv]
                 if (page := pages.asked(typer.main.get_command(app), asked)) is not None:
                     print(page)
-                    if words := onward.ALONE.get(tuple(argv)):  # the end of the page, which is all that was asked for
-                        print(f"\nnext: {' '.join(words)}")
+                    if onwards := onward.ALONE.get(tuple(argv)):  # the end of the page, which is all that was asked for
+                        print(f"\nnext: {' '.join(onwards)}")
                     code = 0
                 else:
                     code = app(asked, prog_name="drm", standalone_mode=False)

@@ -82,6 +82,14 @@ def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str 
         return {name: of_folder(index.parent / name) for name in present}
 
 
+def same_part(one: tuple[str, str | None], other: tuple[str, str | None], name: str) -> bool:
+    """Is a part of two pipelines, (folder or hub id, revision) each, the same? Without a download: hub ids are compared by name."""
+    if one == other:
+        return True
+    folders = [Path(local_or_hub(ref, "--generator")) / name for ref, _ in (one, other)]
+    return all(f.is_dir() for f in folders) and of_folder(folders[0]) == of_folder(folders[1])
+
+
 def of_folder(folder: Path) -> str:
     """A short hash of one part's config, vocabulary and weights."""
     digest = hashlib.sha256()

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from drmcli.families.base import Family
+from drmcli.loading import base_weights
 from drmcli.memory import FIXED, RealMasks, blank_states, cast, make_fake
 from drmcli.reward import RewardModel
 from drmcli.reward_config import RewardConfig
@@ -120,16 +121,19 @@ def generator_pass(
 
 
 def reward_pass(
-    config: RewardConfig, *, count: int, size: tuple[int, int], tokens: int, dtype: torch.dtype
+    config: RewardConfig, *, count: int, size: tuple[int, int], tokens: int, dtype: torch.dtype, lent: bool = False
 ) -> tuple[int, int]:
-    """The same of a reward model: its kept blocks, LoRA and head."""
+    """The same of a reward model: its kept blocks, LoRA and head. lent: the blocks' weights are a generator's, and not counted."""
     with torch.device("meta"):
         model = RewardModel.from_config(config)
         model.set_trainable()
         cast(model.transformer, dtype)
     with imagined(model):
         latents, sigma, cond = blank_states(model.family, config.transformer, count, size, tokens)
-        return bytes_of(model), alive_in(lambda: model.score(latents, sigma, cond))
+        weights = bytes_of(model)
+        if lent:
+            weights -= sum(t.nbytes for t in base_weights(model.transformer).values())
+        return weights, alive_in(lambda: model.score(latents, sigma, cond))
 
 
 def vae_passes(

@@ -29,7 +29,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Conditioning, Family, check_negative, latent_space
 from drmcli.fingerprints import at_hand, of_parts, reach
 from drmcli.hub import explained, quiet_hub
-from drmcli.loading import denoiser_files, fill, finite, opened, skeleton, variant_of
+from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton, variant_of
 from drmcli.lora import load_lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -305,6 +305,17 @@ class Generator:
         with quiet_libraries():
             load_lora(self, ref, flag)
 
+    def lends(
+        self, family: Family, ref: str, revision: str | None, dtype: torch.dtype, device: torch.device | str
+    ) -> bool:
+        """Has another pipeline's denoiser, in this number format on this device, the weights of the one that is loaded here?"""
+        name, mine = family.denoiser, getattr(self.pipe, family.denoiser, None)
+        if mine is None or self.family.name != family.name or mine.dtype != dtype:
+            return False
+        if torch.empty(0, device=device).device != mine.device:
+            return False
+        return of_parts(ref, revision, [name]) == self.prints([name])
+
     def same_encoders(self, ref: str, revision: str | None, names: Sequence[str]) -> dict[str, Any]:
         """Those of the named parts of another pipeline that are loaded here already."""
         mine, theirs = self.prints(names), of_parts(ref, revision, names)
@@ -376,8 +387,11 @@ def with_denoiser(
     revision: str | None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    beside: Generator | None = None,
 ) -> Any:
     """What `make` makes of a pipeline's denoiser. It is given one without weights: what it cuts off is not read.
+
+    beside: a loaded generator, whose denoiser's weights are used where they are the same, not loaded a second time.
 
     Raises InputError for weights that are missing, misshapen or not finite.
     """
@@ -386,6 +400,10 @@ def with_denoiser(
         return make(load_part(kind, where, family.denoiser, revision=revision, dtype=dtype, device=device))
     denoiser = empty_denoiser(family, where, revision)
     made = make(denoiser)
+    if beside is not None and beside.lends(family, where, revision, dtype, device):
+        lend(beside.transformer, denoiser)
+        denoiser.to(device).eval()
+        return made
     kept = tuple(denoiser._keep_in_fp32_modules or ())
     with opened(denoiser_files(where, family.denoiser, revision)) as tensors:
         fill(

@@ -151,6 +151,34 @@ def fill(
             _assign(model, name, tensor)
 
 
+def lend(whole: nn.Module, model: nn.Module) -> None:
+    """Give a model without weights those of a whole one: the tensors themselves, so that there is one copy in memory.
+
+    A LoRA on either stays its own. What changes the whole one's weights in place changes the other.
+    """
+    lent = base_weights(whole)
+    for name in model.state_dict():
+        _assign(model, name, lent[name])
+
+
+def borrow(model: nn.Module, whole: nn.Module) -> int:
+    """Use a whole model's tensors for those of a model that are equal to them. Returns the bytes that are needed no longer."""
+    lent, saved = base_weights(whole), 0
+    for name, mine in model.state_dict().items():
+        theirs = lent.get(name.replace(".base_layer.", "."))
+        if ".lora_" in name or theirs is None or theirs.data_ptr() == mine.data_ptr():
+            continue
+        if (theirs.dtype, theirs.device, theirs.shape) == (mine.dtype, mine.device, mine.shape) and theirs.equal(mine):
+            _assign(model, name, theirs)
+            saved += mine.nbytes
+    return saved
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors without its LoRA's, by the names that they have where there is none."""
+    return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     *path, last = name.split(".")
     module = model.get_submodule(".".join(path))

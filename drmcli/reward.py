@@ -37,7 +37,7 @@ from drmcli.generator import (
 )
 from drmcli.head import Head
 from drmcli.hub import explained
-from drmcli.loading import Stored, fill, finite, opened, skeleton
+from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton
 from drmcli.noise import score_pictures
 from drmcli.reward_config import RewardConfig, check_shapes, read_config
 from drmcli.run import seed_of
@@ -230,12 +230,15 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         base_dtype: torch.dtype | None = None,
+        beside: Generator | None = None,
         attention: str = "sdpa",
         flag: str = "--reward",
     ) -> RewardModel:
         """Load a saved reward model from a folder or the hub, frozen and ready to score.
 
         dtype: of the backbone, the head is always float32; base_dtype: of backbone weights that are the base's own (None: as the others).
+        beside: a loaded generator. Where the backbone is its transformer's first blocks, alone or with a LoRA, the weights themselves are
+        used, not loaded a second time; they must not be changed in place from then on.
 
         Raises MissingError (absent, gated, offline) or InputError (damaged, of another kind), each naming `flag`.
         """
@@ -246,7 +249,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
                 patterns = ["config.json", "model.safetensors", "README.md"]
                 where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
-            model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device)
+            model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device, beside)
         use_attention(model.transformer, attention)
         return model.eval().requires_grad_(False).to(device)
 
@@ -308,6 +311,14 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     def share_blocks(self, generator: Generator) -> None:
         """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""
         self.family.share(self.transformer, generator.transformer)
+
+    def borrow_weights(self, transformer: nn.Module) -> int:
+        """Use a pipeline's transformer's weights where they are equal to this model's own. Returns the bytes that are free again.
+
+        For a model on a pipeline's own base that was loaded without `beside`. LoRAs on either stay apart; weights that are changed in
+        place afterwards (by `fuse_lora`, or by training all of them) change here too.
+        """
+        return borrow(self.transformer, transformer)
 
     def generator(self, *, device: torch.device | str | None = None, beside: Generator | None = None) -> Generator:
         """The base pipeline's VAE and text encoders as in training, loaded once. beside: see `Generator.load`."""
@@ -377,6 +388,7 @@ def _loaded(
     dtype: torch.dtype,
     base_dtype: torch.dtype,
     device: torch.device | str,
+    beside: Generator | None,
 ) -> RewardModel:
     """The model that a folder holds; a backbone that was not trained comes from the base pipeline. where: for the errors."""
     config = read_config(folder, where)
@@ -399,7 +411,8 @@ def _loaded(
             return model
         base = local_or_hub(config.base_model, f"{where}: base_model")
         model = with_denoiser(
-            lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device
+            lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device,
+            beside=beside,
         )  # fmt: skip
         model.set_trainable()
         model.load_tensors({name: stored.read() for name, stored in tensors.items()}, where)

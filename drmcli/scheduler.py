@@ -54,7 +54,8 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         """A scheduler for one call of the pipeline with these prompts.
 
         seed: one for all pictures, or one a picture; give the pipeline generators of the same seeds. max_sequence_length: what
-        the pipeline is called with (None: the reward model's). Further fields of `Search` as keywords.
+        the pipeline is called with (None: the reward model's). A reward model on the pipeline's own base need not be in memory twice:
+        see `RewardModel.borrow_weights`. Further fields of `Search` as keywords.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]

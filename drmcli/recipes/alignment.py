@@ -215,6 +215,7 @@ def load_rewards(config: Grpo, generator: Generator, device: torch.device, dtype
         draws=config.reward_draws,
         spread_penalty=config.spread_penalty,
         ceiling=config.reward_ceiling,
+        beside=generator if config.train == "lora" else None,  # all weights trained: those of the reward must stay
     )
     rewards.check_latents(generator)
     if config.spread_penalty and len(rewards.states) * config.reward_draws < 2:

@@ -13,7 +13,7 @@ from drmcli.footprint import generator_pass, reward_pass
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_policy
 from drmcli.recipes.alignment import check_config, lora_config, read_prompts, rollout_plan
-from drmcli.recipes.footprints import describe_reward, described_term, encoders
+from drmcli.recipes.footprints import describe_reward, described_term, encoders, lent
 from drmcli.recipes.plan import Known, describe_generator
 from drmcli.rollout import trained
 
@@ -86,7 +86,9 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
             others.append(ref)
             continue
         name = f"reward model {i + 1}" if config.add_rewards else "reward model"
-        beside[name], one = reward_pass(reward, count=count, tokens=known.prompt_tokens, **shared)
+        beside[name], one = reward_pass(
+            reward, count=count, tokens=known.prompt_tokens, lent=config.train == "lora" and lent(reward, config, known), **shared
+        )  # fmt: skip
         drawing["score"] = max(drawing.get("score", 0), one)
     if config.train == "full" and config.kl_beta:
         beside["reference policy"] = policy.parameters * mixed.itemsize

@@ -18,7 +18,9 @@ def load_scorers(config: Sample, device: torch.device, dtype: torch.dtype, gener
     terms = []
     for text in [] if config.reward == "none" else [config.reward, *config.add_rewards]:
         ref, weight = parse_term(text)
-        scorer = load_scorer(ref, device=device, dtype=dtype, flag="--reward", attention=config.attention)
+        scorer = load_scorer(
+            ref, device=device, dtype=dtype, flag="--reward", attention=config.attention, beside=generator
+        )
         if isinstance(scorer, RewardScorer):
             scorer.check_latents(generator, "--reward")
         terms.append(Term(scorer, weight))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from drmcli.config import Bench, Sample, Score, package_path
+from drmcli.config import Bench, Grpo, Sample, Score, package_path
+from drmcli.fingerprints import same_part
 from drmcli.flow import schedule
 from drmcli.footprint import Footprint, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
 from drmcli.generator import pick_device, pick_dtype
@@ -149,8 +150,9 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
         name = f"reward model {i + 1}" if config.add_rewards else "reward model"
         base = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
         models[name], one = reward_pass(
-            reward, count=min(config.max_batch, at_once * scored), tokens=base.prompt_tokens, **shared
-        )
+            reward, count=min(config.max_batch, at_once * scored), tokens=base.prompt_tokens,
+            lent=lent(reward, config, known), **shared,
+        )  # fmt: skip
         passes["score"] = max(passes.get("score", 0), one)
         if not same_encoders(known, base, config.text_encoder_3, reward.text_encoder_3):
             own = {
@@ -158,6 +160,12 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
             }
             models |= {f"{name}: {n}": size for n, size in own.items()}
     return {"memory": Footprint(models, passes).to_dict(cuda=device.type == "cuda")} | _without(*others)
+
+
+def lent(reward: RewardConfig, config: Grpo | Sample, known: Known) -> bool:
+    """Are a reward model's blocks the generator's own, as far as can be told without a download?"""
+    base, own = (reward.base_model, reward.base_revision), (config.generator, config.revision)
+    return reward.backbone != "full" and same_part(base, own, known.family.denoiser)
 
 
 def same_encoders(known: Known, base: Known, t5: bool, reward_t5: bool) -> bool:

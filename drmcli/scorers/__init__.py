@@ -189,11 +189,13 @@ def load_scorer(
     sigma: float | None = None,
     noise_samples: int = 4,
     seed: int = 0,
+    beside: Any = None,
 ) -> Scorer:
     """A scorer by whatever names it; see `read_reference`. A reward model comes as a `StateScorer`.
 
     sigma, noise_samples, seed: how a reward model judges finished pictures (sigma None: where it does best); others have no such
-    choice. Raises what `read_reference` does, InputError for weights of another kind, MissingError for weights that are not there.
+    choice. beside: a loaded `Generator`, whose weights a reward model on the same base uses too. Raises what `read_reference` does,
+    InputError for weights of another kind, MissingError for weights that are not there.
     """
     ref = read_reference(text, flag)
     if ref.kind == "model" or (ref.kind == "named" and TABLE[ref.name].states):
@@ -201,7 +203,7 @@ def load_scorer(
 
         return RewardScorer.load(
             text, device=device, dtype=dtype, flag=flag, attention=attention, sigma=sigma, noise_samples=noise_samples,
-            seed=seed,
+            seed=seed, beside=beside,
         )  # fmt: skip
     if ref.kind == "server":
         from drmcli.scorers.remote import connect

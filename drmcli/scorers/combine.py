@@ -106,7 +106,10 @@ class Combined:
 
 
 class Rewards:
-    """A weighted sum of terms, less `spread_penalty` times their disagreement, cut at `ceiling`."""
+    """A weighted sum of terms, less `spread_penalty` times their disagreement, cut at `ceiling`.
+
+    beside: a loaded generator, whose weights reward models on its own base use too.
+    """
 
     def __init__(
         self,
@@ -119,9 +122,10 @@ class Rewards:
         spread_penalty: float = 0.0,
         ceiling: float | None = None,
         seed: int = 0,
+        beside: Generator | None = None,
     ):
         self.draws, self.spread_penalty, self.ceiling = draws, spread_penalty, ceiling
-        options = {"device": device, "dtype": dtype, "attention": attention}
+        options = {"device": device, "dtype": dtype, "attention": attention, "beside": beside}
         self.terms = [
             Term(load_scorer(ref, flag="--add-reward" if i else "--reward", **options), weight)  # type: ignore[arg-type]
             for i, (ref, weight) in enumerate(refs)

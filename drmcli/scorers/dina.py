@@ -27,7 +27,7 @@ from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.families import family_of
 from drmcli.families.base import Conditioning, listening
-from drmcli.generator import denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
+from drmcli.generator import Generator, denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
 from drmcli.hub import explained
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source, read
@@ -207,9 +207,12 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype,
     attention: str = "sdpa",
+    beside: Generator | None = None,
     flag: str = "--reward",
 ) -> DiNaLRM:
     """From a folder in the published layout, frozen and ready to score; ref: as it was asked for.
+
+    beside: see `RewardModel.from_pretrained`.
 
     Raises MissingError (its base is absent, gated, offline) or InputError (damaged, another variant), each naming `flag`.
     """
@@ -229,7 +232,8 @@ def load(
             tap_layers=[int(i) - 1 for i in settings["visual_head_idx"]], backbone="frozen",
         )  # fmt: skip
         model = with_denoiser(
-            lambda denoiser: DiNaLRM(config, denoiser, settings["reward_head"]), family, base, revision=None, dtype=dtype, device=device
+            lambda denoiser: DiNaLRM(config, denoiser, settings["reward_head"]), family, base, revision=None, dtype=dtype, device=device,
+            beside=beside,
         )  # fmt: skip
         model.load_head(folder / HEAD, name)
         if settings["use_lora"]:

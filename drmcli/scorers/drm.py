@@ -68,17 +68,20 @@ class RewardScorer:
         sigma: float | None = None,
         noise_samples: int = 4,
         seed: int = 0,
+        beside: Generator | None = None,
     ) -> RewardScorer:
         """From a folder or the hub, in drm's layout or that of a public reward model; sigma None: where the model judges pictures best.
 
-        Raises what `RewardModel.from_pretrained` does.
+        beside: see `RewardModel.from_pretrained`. Raises what `RewardModel.from_pretrained` does.
         """
         found = published(ref, flag)
         if found is None:
-            model = RewardModel.from_pretrained(ref, device=device, dtype=dtype, attention=attention, flag=flag)
+            model = RewardModel.from_pretrained(
+                ref, device=device, dtype=dtype, attention=attention, beside=beside, flag=flag
+            )
         else:
             kind, folder = found
-            model = kind.load(folder, ref, device=device, dtype=dtype, attention=attention, flag=flag)
+            model = kind.load(folder, ref, device=device, dtype=dtype, attention=attention, beside=beside, flag=flag)
         return cls(ref, model, model.picture_sigma if sigma is None else sigma, noise_samples, seed)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -251,9 +251,12 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype,
     attention: str = "sdpa",
+    beside: Generator | None = None,
     flag: str = "--reward",
 ) -> LRM:
     """From a folder in the published layout, frozen and ready to score; ref: as it was asked for.
+
+    beside: is not used, since its U-Net is its own.
 
     Raises MissingError (its base is absent, offline) or InputError (damaged), each naming `flag`.
     """

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError
-from drmcli.generator import Generator, PromptEmbeds, load_denoiser
+from drmcli.generator import Generator, PromptEmbeds
+from drmcli.parts import load_denoiser
 
 
 class Policy:

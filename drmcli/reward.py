@@ -26,19 +26,12 @@ from drmcli.data.pictures import Picture, as_count, as_pictures, as_prompts, as_
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
 from drmcli.families.base import Conditioning, Family, latent_space, listening
-from drmcli.generator import (
-    Generator,
-    denoiser_config,
-    quiet_libraries,
-    read_index,
-    scheduler_facts,
-    use_attention,
-    with_denoiser,
-)
+from drmcli.generator import Generator
 from drmcli.head import Head
 from drmcli.hub import explained
 from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton
 from drmcli.noise import score_pictures
+from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, use_attention, with_denoiser
 from drmcli.reward_config import RewardConfig, check_shapes, read_config
 from drmcli.run import seed_of
 

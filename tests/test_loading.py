@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from drmcli import loading
 from drmcli.errors import InputError
-from drmcli.generator import Generator, load_denoiser
+from drmcli.generator import Generator
+from drmcli.parts import load_denoiser
 from drmcli.reward import RewardModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError, MissingError
-from drmcli.generator import quiet_libraries
 from drmcli.hub import explained
 from drmcli.measure.geneval import COLORS, THRESHOLD, Detection
+from drmcli.parts import quiet_libraries
 from drmcli.tiny.world import SHAPES
 
 RENAMED = {

@@ -26,9 +26,10 @@ from drmcli.errors import DrmError, InputError, RunError
 from drmcli.families import family_of
 from drmcli.families.base import Family
 from drmcli.fingerprints import of_parts
-from drmcli.generator import Generator, PromptEmbeds, denoiser_config, pick_dtype, quiet_libraries, read_index
+from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.hub import explained
 from drmcli.noise import score_clean
+from drmcli.parts import denoiser_config, quiet_libraries, read_index
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes

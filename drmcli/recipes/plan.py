@@ -19,9 +19,10 @@ from drmcli.data.text import parse_yaml
 from drmcli.errors import MissingError
 from drmcli.families import family_of
 from drmcli.families.base import Family
-from drmcli.generator import check_side, denoiser_config, latent_shape, quiet_libraries, read_index
+from drmcli.generator import check_side, latent_shape
 from drmcli.hub import explained
 from drmcli.memory import meta_component
+from drmcli.parts import denoiser_config, quiet_libraries, read_index
 
 CLIP_TOKENS = 77
 """Tokens of CLIP where the tokenizer's config does not say."""

@@ -22,9 +22,10 @@ from drmcli.data.batches import Batches, EncodedPairs, check_sizes, micro_batche
 from drmcli.data.preferences import Preferences
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError
-from drmcli.generator import pick_dtype, use_attention
+from drmcli.generator import pick_dtype
 from drmcli.measure.protocols import Accuracy, Pairs, accuracy
 from drmcli.memory import store_frozen_in
+from drmcli.parts import use_attention
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoints
 from drmcli.recipes.initial import make_model

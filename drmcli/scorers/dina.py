@@ -27,8 +27,9 @@ from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.families import family_of
 from drmcli.families.base import Conditioning, listening
-from drmcli.generator import Generator, denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
+from drmcli.generator import Generator
 from drmcli.hub import explained
+from drmcli.parts import denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source, read
 

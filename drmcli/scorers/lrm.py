@@ -29,16 +29,9 @@ from drmcli.errors import InputError
 from drmcli.families.base import Conditioning, Family
 from drmcli.families.sdxl import FAMILY, UNet
 from drmcli.fingerprints import of_folder
-from drmcli.generator import (
-    Generator,
-    denoiser_config,
-    load_part,
-    quiet_libraries,
-    read_index,
-    use_attention,
-    with_denoiser,
-)
+from drmcli.generator import Generator
 from drmcli.hub import explained
+from drmcli.parts import denoiser_config, load_part, quiet_libraries, read_index, use_attention, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source
 

@@ -16,8 +16,9 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from drmcli import generator
 from drmcli.errors import DrmError, InputError, MissingError
+from drmcli.hub import explained
+from drmcli.parts import quiet_libraries
 
 UnpicklingError = torch.serialization.pickle.UnpicklingError
 """What PyTorch's weights-only reader raises for anything but tensors."""
@@ -101,7 +102,7 @@ class Source:
         ref = str(self).removeprefix(f"{self.flag} ")
         ours: DrmError | None = None
         try:
-            with generator.explained(ref, self.flag), generator.quiet_libraries():
+            with explained(ref, self.flag), quiet_libraries():
                 try:
                     yield
                 except DrmError as error:  # it has a hint of its own

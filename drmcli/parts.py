@@ -1,0 +1,151 @@
+"""The parts of a pipeline, from a folder or the hub: what its files say of them, and the parts with their weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers import PreTrainedModel
+
+from drmcli.errors import InputError, MissingError
+from drmcli.families.base import Family
+from drmcli.fingerprints import reach
+from drmcli.hub import quiet_hub
+from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton, variant_of
+
+if TYPE_CHECKING:
+    from drmcli.generator import Generator
+
+
+def read_index(where: str, revision: str | None) -> dict[str, Any]:
+    """model_index.json of a pipeline's folder or hub id."""
+    reach(where, revision)
+    return dict(DiffusionPipeline.load_config(where, revision=revision))
+
+
+def denoiser_config(family: Family, where: str, revision: str | None) -> dict[str, Any]:
+    """A pipeline's denoiser's config, without weights."""
+    kind: Any = family.denoiser_class
+    return dict(kind.load_config(where, subfolder=family.denoiser, revision=revision))
+
+
+def scheduler_facts(family: Family, where: str, revision: str | None) -> dict[str, Any] | None:
+    """What a family must know of a pipeline's scheduler, or None."""
+    if not family.scheduler_facts:
+        return None
+    config = DDIMScheduler.load_config(where, subfolder="scheduler", revision=revision)
+    return {name: config[name] for name in family.scheduler_facts if name in config}
+
+
+def load_part(
+    kind: type, where: str, name: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Any:
+    """One model of a pipeline as its library loads it, from safetensors. Raises InputError when weights are missing or not finite.
+
+    The libraries fill in random values for what is missing; a score from those would mean nothing.
+    """
+    straight: dict[str, Any] = {}
+    if issubclass(kind, PreTrainedModel) and torch.device(device).type != "cpu":
+        straight["device_map"] = {"": device}
+    home = at_hand(where, [name], revision)
+    model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+        home, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant_of(home, name),
+        **straight,
+    )  # fmt: skip
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
+    model.to(device)
+    _refuse_broken(model, f"{where}: {name}")
+    return model
+
+
+def load_denoiser(
+    family: Family, where: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Any:
+    """A pipeline's denoiser alone, with its weights."""
+    return with_denoiser(lambda denoiser: denoiser, family, where, revision=revision, dtype=dtype, device=device)
+
+
+def with_denoiser(
+    make: Callable[[Any], Any],
+    family: Family,
+    where: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    beside: Generator | None = None,
+) -> Any:
+    """What `make` makes of a pipeline's denoiser. It is given one without weights: what it cuts off is not read.
+
+    beside: a loaded generator, whose denoiser's weights are used where they are the same, not loaded a second time.
+
+    Raises InputError for weights that are missing, misshapen or not finite.
+    """
+    if denoiser_config(family, where, revision).get("quantization_config"):  # in a form that diffusers alone can read
+        kind = family.denoiser_class
+        return make(load_part(kind, where, family.denoiser, revision=revision, dtype=dtype, device=device))
+    denoiser = empty_denoiser(family, where, revision)
+    made = make(denoiser)
+    if beside is not None and beside.lends(family, where, revision, dtype, device):
+        lend(beside.transformer, denoiser)
+        denoiser.to(device).eval()
+        return made
+    kept = tuple(denoiser._keep_in_fp32_modules or ())
+    with opened(denoiser_files(where, family.denoiser, revision)) as tensors:
+        fill(
+            denoiser, tensors, f"{where}: {family.denoiser}", device=device,
+            dtype=lambda name: torch.float32 if set(kept) & set(name.split(".")) else dtype,
+        )  # fmt: skip
+    denoiser.to(device)  # what is in no file
+    denoiser.eval()
+    return made
+
+
+def empty_denoiser(family: Family, where: str, revision: str | None) -> Any:
+    """A pipeline's denoiser without weights: on the meta device, but for tables that no file holds."""
+    kind: Any = family.denoiser_class
+    config = denoiser_config(family, where, revision)
+    return skeleton(lambda: kind.from_config(config))
+
+
+def _refuse_broken(module: torch.nn.Module, where: str) -> None:
+    """Weights that are not finite would only show as a useless score much later."""
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_meta and not finite(tensor):
+            raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
+
+
+def use_attention(denoiser: Any, name: str) -> None:
+    """Attention kernels of a denoiser: sdpa is PyTorch's own; for xformers MissingError where it or CUDA is not there."""
+    if name != "xformers":
+        return
+    if not torch.cuda.is_available():
+        raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
+    try:
+        denoiser.enable_xformers_memory_efficient_attention()
+    except (ModuleNotFoundError, ImportError) as error:
+        raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
+
+
+@contextmanager
+def quiet_libraries():
+    """Keep the progress bars and notices of diffusers, transformers and the hub's client out of the user's terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    libraries = diffusers_logging, transformers_logging
+    before = [lib.get_verbosity() for lib in libraries]
+    for lib in libraries:
+        lib.set_verbosity(logging.CRITICAL)
+        lib.disable_progress_bar()
+    try:
+        with quiet_hub():
+            yield
+    finally:
+        for lib, level in zip(libraries, before):
+            lib.set_verbosity(level)

@@ -100,6 +100,18 @@ class CutDenoiser(nn.Module):
             states.append(heard[last])
         return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
 
+    def share_blocks(self, generator: Generator) -> None:
+        """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""
+        self.family.share(self.transformer, generator.transformer)
+
+    def borrow_weights(self, transformer: nn.Module) -> int:
+        """Use a pipeline's transformer's weights where they are equal to this model's own. Returns the bytes that are free again.
+
+        For a model on a pipeline's own base that was loaded without `beside`. LoRAs on either stay apart; weights that are changed in
+        place afterwards (by `fuse_lora`, or by training all of them) change here too.
+        """
+        return borrow(self.transformer, transformer)
+
 
 class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["reward-model"]):  # type: ignore[call-arg]
     """A denoiser cut short and its head. `score` takes latents, `score_images` pictures.
@@ -300,18 +312,6 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 f"{where}: made for {mine[0]} latents of {mine[1]} channels, not {theirs[0]} latents of {theirs[1]} channels",
                 hint="use a reward model whose base is the generator's",
             )
-
-    def share_blocks(self, generator: Generator) -> None:
-        """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""
-        self.family.share(self.transformer, generator.transformer)
-
-    def borrow_weights(self, transformer: nn.Module) -> int:
-        """Use a pipeline's transformer's weights where they are equal to this model's own. Returns the bytes that are free again.
-
-        For a model on a pipeline's own base that was loaded without `beside`. LoRAs on either stay apart; weights that are changed in
-        place afterwards (by `fuse_lora`, or by training all of them) change here too.
-        """
-        return borrow(self.transformer, transformer)
 
     def generator(self, *, device: torch.device | str | None = None, beside: Generator | None = None) -> Generator:
         """The base pipeline's VAE and text encoders as in training, loaded once. beside: see `Generator.load`."""

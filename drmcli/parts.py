@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from drmcli.errors import InputError, MissingError
 from drmcli.families.base import Family
-from drmcli.fingerprints import reach
+from drmcli.fingerprints import at_hand, reach
 from drmcli.hub import quiet_hub
 from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton, variant_of
 

@@ -355,6 +355,28 @@ def test_missing_pictures_folders_and_pipes(tmp_path: Path) -> None:
         load_image(FileImage("k", tmp_path / ("x" * 300)))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_the_upper_eight(kind: str) -> None:
+    """Grey 0, 40,000 and 65,535 of 65,535 are 0, 156 (40,000 // 256) and 255, as Pillow has them in a 16-bit colour PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 40_000, 65_535]], dtype=np.uint16)).save(buffer, kind)
+    assert np.asarray(load_image(BytesImage("16 bit", buffer.getvalue()))).tolist() == [[[0] * 3, [156] * 3, [255] * 3]]
+    line = b"\0" + b"".join(np.uint16(v).byteswap().tobytes() * 3 for v in (0, 40_000, 65_535))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(line)), (b"IEND", b"")]
+    colour = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    assert np.asarray(load_image(BytesImage("colour", colour))).tolist() == [[[0] * 3, [156] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_wider_pixels_are_refused(dtype: type) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40_000, dtype=dtype)).save(buffer, "TIFF")
+    with pytest.raises(BadImage, match="more than 16 bits"):
+        load_image(BytesImage("32 bit", buffer.getvalue()))
+
+
 def test_good_pictures_become_rgb() -> None:
     for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
         assert load_image(BytesImage(kind, noisy(kind))).mode == "RGB"
@@ -363,10 +385,6 @@ def test_good_pictures_become_rgb() -> None:
         Image.new(mode, (5, 4)).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
         image = load_image(BytesImage(mode, buffer.getvalue()))
         assert image.mode == "RGB" and image.size == (5, 4)
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(buffer, "PNG")
-    with pytest.raises(BadImage, match="more than 8 bits"):
-        load_image(BytesImage("16 bit", buffer.getvalue()))
     assert load_image(BytesImage("limit", png(size=(8, 8))), max_pixels=64).size == (8, 8)
     with pytest.raises(BadImage, match="8 x 8 is more than 63 pixels"):
         load_image(BytesImage("limit", png(size=(8, 8))), max_pixels=63)

@@ -91,7 +91,7 @@ def test_one_text_for_all_and_one_sigma(tiny: RewardModel, pixels: np.ndarray) -
         (np.full((8, 8, 3), 2.0), CAPTION, {}, "images: floats from 2 to 2"),
         (np.full((8, 8, 3), np.nan), CAPTION, {}, "images: floats from nan to nan"),
         (np.zeros((8, 8, 3), np.int64), CAPTION, {}, "images: pixels of int64"),
-        (Image.new("I", (8, 8)), CAPTION, {}, "images: pixels of more than 8 bits (mode I)"),
+        (Image.new("I", (8, 8)), CAPTION, {}, "images: pixels of more than 16 bits (mode I)"),
         ("ok", None, {}, "prompts: None"),
         ("ok", Path("a"), {}, "prompts: a PosixPath"),
         (CAPTION, Image.new("RGB", (8, 8)), {}, "prompts: an Image"),

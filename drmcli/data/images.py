@@ -196,10 +196,10 @@ def _not_empty(key: str, data: bytes) -> bytes:
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:
     """Read and fully decode a picture to RGB; of several frames the first.
 
-    Alpha and colour profiles are dropped. EXIF rotation is ignored, as by the scorers and benchmarks of the field, which open pictures
-    with Pillow and do not transpose them; with `upright` it is applied, as viewers do.
+    Alpha and colour profiles are dropped; of 16 bits a channel the upper 8 are kept. EXIF rotation is ignored, as by the scorers and
+    benchmarks of the field, which open pictures with Pillow and do not transpose them; with `upright` it is applied, as viewers do.
 
-    Raises BadImage when it is missing, empty, truncated, damaged, no picture, of more than 8 bits a channel and grey, extremely narrow, or
+    Raises BadImage when it is missing, empty, truncated, damaged, no picture, of 32 bits a channel, extremely narrow, or
     has more than `max_pixels` pixels by its header (checked before anything is decoded).
     """
     if isinstance(source, ArrayImage):
@@ -226,16 +226,26 @@ def decode(data: bytes, key: str, *, max_pixels: int = MAX_PIXELS, upright: bool
             raise BadImage(key, f"{width} x {height} is more than {max_pixels} pixels, a decompression bomb")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise BadImage(key, f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
-        if image.mode.startswith(("I", "F")):
-            raise BadImage(key, f"pixels of more than 8 bits (mode {image.mode}) are not supported")
         try:
             image.load()
             # By way of RGBA where a palette is partly transparent: the same colours, and Pillow has nothing to warn of.
             palette = image.mode == "P" and "transparency" in image.info
-            pixels = (image.convert("RGBA") if palette else image).convert("RGB")
+            wide = image.mode.startswith(("I", "F"))
+            pixels = (eight_bits(image, key) if wide else image.convert("RGBA") if palette else image).convert("RGB")
         except (*_DAMAGE, Image.DecompressionBombError) as error:
             raise BadImage(key, f"truncated or damaged: {_first_line(error)}") from None
         return pixels if not upright else _turned(pixels, _orientation(image))
+
+
+def eight_bits(image: Image.Image, key: str) -> Image.Image:
+    """The upper 8 bits of 16-bit grey, which Pillow itself keeps of 16-bit colour. Raises BadImage for other wide pixels: of integers of
+    32 bits and of floats nobody says what is white."""
+    wide = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )  # as older versions of Pillow say it
+    if not wide:
+        raise BadImage(key, f"pixels of more than 16 bits (mode {image.mode})")
+    return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
 
 
 _TURNS = {

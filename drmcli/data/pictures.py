@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from drmcli.data.images import FileImage, load_image
+from drmcli.data.images import FileImage, eight_bits, load_image
 from drmcli.data.text import cut, short, sound
 from drmcli.errors import InputError
 
@@ -111,9 +111,8 @@ def _what(value: Any) -> str:
 def _picture(value: Picture, where: str) -> Image.Image:
     """One RGB picture."""
     if isinstance(value, Image.Image):
-        if value.mode.startswith(("I", "F")):
-            raise InputError(f"{where}: pixels of more than 8 bits (mode {value.mode})", hint="convert it to RGB")
         try:
+            value = eight_bits(value, where) if value.mode.startswith(("I", "F")) else value
             return value if value.mode == "RGB" else value.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # a file that PIL opened and reads only now
             raise InputError(

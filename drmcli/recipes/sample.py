@@ -38,6 +38,8 @@ from drmcli.scorers.combine import Combined, Term
 from drmcli.scorers.drm import RewardScorer
 from drmcli.sheets import by_prompt, note_of, sheet
 
+MOST = 1_000_000
+"""Pictures of a run."""
 IN_GRID = 64
 """Pictures of grid.png, the first."""
 
@@ -133,6 +135,11 @@ def checked_prompts(config: Sample) -> list[str]:
         )
     if any(not prompt.strip() for prompt in config.prompts):
         raise InputError("PROMPT: a prompt is empty", hint="say what to draw")
+    if (count := len(config.prompts) * config.num_images) > MOST:
+        raise InputError(
+            f"--num-images {config.num_images}: of {len(config.prompts):,} prompts are {count:,} pictures, above {MOST:,}",
+            hint="draw fewer of each, or the prompts in several runs",
+        )
     methods.check_search(methods.search_of(config))
     return list(config.prompts)
 

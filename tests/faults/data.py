@@ -118,12 +118,12 @@ def palette() -> bytes:
     return buffer.getvalue()
 
 
-def sixteen(kind: str) -> bytes:
+def wide(kind: str, dtype: str) -> bytes:
     import numpy as np
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(buffer, kind)
+    Image.fromarray(np.full((8, 8), 40_000, dtype=dtype)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -213,8 +213,10 @@ FAULTS = [
     picture("one bit", 0, '"pairs": 1', lambda: png(mode="1")),
     picture("AVIF", 0, '"pairs": 1', avif),
     picture("animated", 0, '"pairs": 1', lambda: png(kind="GIF", save_all=True)),
-    picture("16-bit PNG", 1, "more than 8 bits", lambda: sixteen("PNG")),
-    picture("16-bit TIFF", 1, "more than 8 bits", lambda: sixteen("TIFF")),
+    picture("16-bit grey PNG", 0, '"pairs": 1', lambda: wide("PNG", "uint16")),
+    picture("16-bit grey TIFF", 0, '"pairs": 1', lambda: wide("TIFF", "uint16")),
+    picture("32-bit TIFF", 1, "more than 16 bits", lambda: wide("TIFF", "int32")),
+    picture("TIFF of floats", 1, "more than 16 bits", lambda: wide("TIFF", "float32")),
     picture("very narrow", 1, "one side is more than", lambda: sized(1, 3000)),
     picture("damaged EXIF", 0, '"pairs": 1', lambda: png(kind="JPEG", exif=b"Exif\0\0garbage")),
     picture("text", 1, "not a picture", lambda: b"hello"),

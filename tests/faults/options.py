@@ -89,6 +89,10 @@ BOUNDS = [
 
 FAULTS = [
     *(fault(f"bound {command.partition('--dry-run ')[2]}" + f" of {command.split()[0]}", command, 2, says) for command, says in BOUNDS),
+    fault("a product of pictures", "sample --prompts p.txt --num-images 100000 --reward none --dry-run", 2,
+          r"--num-images 100000: of 11 prompts are 1,100,000 pictures, above 1,000,000", {"p.txt": "a cat\n" * 11}),
+    fault("a product of pictures that is drawn", "sample --prompts p.txt --num-images 100000 --reward none --out o", 2,
+          "--num-images 100000: of 11 prompts", {"p.txt": "a cat\n" * 11}),
     fault("file names key", "bench --dry-run --config c.yaml", 2, "--config c.yaml: batch_size must be greater than 0, got 0", {"c.yaml": "batch_size: 0\n"}),
     fault("leading zeros are decimal", DRAW + "--set seed=010", 0, "seed: 10\n"),
     fault("hexadecimal", DRAW + "--set seed=0x10", 0, "seed: 16\n"),

@@ -110,7 +110,7 @@ def test_lrm_scores_as_described(made: tuple[str, Path, Path], folder: Path) -> 
 
 
 @pytest.mark.parametrize("words", [
-    ["score", "p.png", "--prompt", CAPTION, "--reward", "{lrm}"],
+    ["score", "p.png", "--prompt", CAPTION, "--reward", "{lrm}", "--resolution", "128"],
     ["sample", CAPTION, "--steps", "2", "--stepwise", "--beams", "2", "--generator", "{base}", "--reward", "{lrm}"],
     ["bench", "--dataset", "data/pairs.jsonl", "--reward", "{lrm}", "--sigma", "0.4"],
     ["grpo", "--updates", "1", "--steps", "2", "--group-size", "2", "--generator", "{base}", "--reward", "{lrm}", "--judge", "none",

@@ -187,10 +187,15 @@ def read_object(path: Path, name: str) -> dict[str, Any] | None:
     except (ValueError, yaml.YAMLError, RecursionError, OSError):
         values = None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(
-            f"{name}: its {path.name} is damaged", hint="--overwrite starts again there, or choose another --out"
-        )
+        raise damaged(path, name)
     return values
+
+
+def damaged(path: Path, name: str) -> InputError:
+    """The error of a run's own file that does not hold what was written."""
+    return InputError(
+        f"{name}: its {path.name} is damaged", hint="--overwrite starts again there, or choose another --out"
+    )
 
 
 def _no_aliases() -> type:

@@ -27,7 +27,18 @@ from filelock import FileLock, Timeout
 
 from drmcli import config as configs
 from drmcli.errors import InputError, MissingError
-from drmcli.files import atomic_folder, damage, guarded, home, read_object, seal, still_there, write_bytes, write_text
+from drmcli.files import (
+    atomic_folder,
+    damage,
+    damaged,
+    guarded,
+    home,
+    read_object,
+    seal,
+    still_there,
+    write_bytes,
+    write_text,
+)
 from drmcli.signals import Interruptions
 
 __all__ = [
@@ -197,6 +208,8 @@ def _enter(folder: Path, command: str, config: Any, values: dict[str, Any], repo
     strangers = [f.name for f in folder.iterdir() if f.name != ".lock"]
     try:
         earlier = read_object(folder / "config.yaml", flag)
+        if earlier and "command" not in earlier and "run_id" in _env(folder):
+            raise damaged(folder / "config.yaml", flag)
     except InputError:
         if not (config.overwrite and "run_id" in _env(folder)):
             raise

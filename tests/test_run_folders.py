@@ -95,6 +95,7 @@ import drmcli.cli.app, drmcli.cli.options
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "cut": lambda f: f.write_bytes(f.read_bytes()[: max(1, f.stat().st_size // 2)]),
+    "cut between lines": lambda f: f.write_bytes(f.read_bytes()[: 1 + f.read_bytes().rindex(b"\n", 0, -1)]),
     "emptied": lambda f: f.write_bytes(b""),
     "binary": lambda f: f.write_bytes(bytes(range(256))),
     "a list": lambda f: f.write_text("[]"),

@@ -136,8 +136,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any, command: str) -> str:
-    """A config as the YAML that `--config` reads."""
-    return dump_yaml({"command": command, **to_dict(config)})
+    """A config as the YAML that `--config` reads. The command comes last: a file that was cut between two lines lacks it."""
+    return dump_yaml({**to_dict(config), "command": command})
 
 
 def to_command(command: str, values: dict[str, Any]) -> list[str]:

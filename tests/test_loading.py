@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from drmcli import loading
+from drmcli import fingerprints, loading
 from drmcli.errors import InputError
 from drmcli.generator import Generator
 from drmcli.parts import load_denoiser
@@ -101,16 +101,20 @@ def test_shards_give_what_one_file_gives(half: Path, generator_folder: Path) -> 
 
 
 def test_of_the_hub_the_index_and_its_shards_alone(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the copies in another number format, nor what no loader reads."""
     asked: list[str] = []
 
     def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.extend(allow_patterns)
         return str(half)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    there = sorted(f.name for f in (half / "transformer").iterdir())
+    more = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin", "README.md"]
+    monkeypatch.setattr(fingerprints, "files_of", lambda where, name, revision: there + more)
+    monkeypatch.setattr(fingerprints, "snapshot_download", download)
     files = loading.denoiser_files("owner/model", "transformer", "main")
     assert [f.name for f in files] == sorted(f.name for f in (half / "transformer").glob("*.safetensors"))
-    assert asked == ["transformer/*.json", *(f"transformer/{f.name}" for f in files)]
+    assert asked == ["model_index.json", *(f"transformer/{name}" for name in there)]
 
 
 @pytest.mark.parametrize(

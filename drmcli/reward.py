@@ -261,7 +261,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
     @classmethod
     def tiny(cls, **options: Any) -> RewardModel:
         """The reward model of the package, which knows coloured shapes: to try things with, offline. `options` as in `from_pretrained`."""
-        return cls.from_pretrained("{package}/tiny/weights/reward", **options)
+        return cls.from_pretrained("{package}/tiny/weights/reward-own", **options)
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load what `saved_tensors` gave. Raises InputError for missing, surplus, misshapen or non-finite ones."""

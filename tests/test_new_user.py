@@ -95,7 +95,7 @@ SAID: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("train-reward", {"reward": "r/reward"}, {"data": ["shapes"]}, "bench --reward r/reward"),
     ("train-reward", {"reward": "r/reward"}, SD35 | {"data": ["hpdv3=0.7", "p.jsonl=0.3"], "data_dir": "d"},
      "bench --preset sd35-medium --dataset hpdv3 --data-dir d --reward r/reward"),
-    ("bench", {"run": "r", "reward": "{package}/tiny/weights/reward", "protocols": {}}, {}, "sample --stepwise"),
+    ("bench", {"run": "r", "reward": "{package}/tiny/weights/reward-own", "protocols": {}}, {}, "sample --stepwise"),
     ("bench", {"run": "r", "reward": "m/reward", "protocols": {}}, SD35,
      "sample 'an ocean at dawn' --preset sd35-medium --stepwise --reward m/reward"),
     ("bench", {"run": "r", "reward": "none", "protocols": {}}, {"reward": "none"}, "show r"),

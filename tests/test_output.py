@@ -72,7 +72,7 @@ def test_a_stream_that_is_not_utf8_ends_no_run(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_embedded_models_are_named_by_what_they_are(drm, tmp_path: Path) -> None:
-    assert spoken("{package}/tiny/weights/reward") == "the embedded reward model"
+    assert spoken("{package}/tiny/weights/reward-own") == "the embedded reward model"
     assert spoken("owner/name") == "owner/name"
     flags = ["--pairs", "6", "--sigma", "0.25", "--set", "shapes_generated=0", "--scorer", "shapes"]
     bench = drm("bench", *flags, "--out", tmp_path / "b")

@@ -211,8 +211,8 @@ def spoken(ref: str | None) -> str:
     text = package_path(ref or "none")
     if text.startswith(inside):
         return {
-            "reward": "the embedded reward model",
-            "reward-own": "the embedded reward model of own samples",
+            "reward": "the first embedded reward model",
+            "reward-own": "the embedded reward model",
             "generator": "the embedded generator",
         }.get(text.removeprefix(inside).strip("/"), "a file of the embedded world")
     return ref or "none"

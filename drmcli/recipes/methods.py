@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"best of {n}": MANY | {"starts": n} for n in (2, 3, 4, 6)},
     "best of 2, refined twice": MANY | {"starts": 2, "refine": 2},
     "halving of 4": CPS | {"mode": "halving", "starts": 4, "share_first": True},
+    "beam of 2": BEAM | {"starts": 2},
     "beam of 3": BEAM | {"starts": 3},
     "beam of 4": BEAM | {"starts": 4},
     "beam of 4, refined with 2 beams": BEAM | {"starts": 4, "refine": 1, "refine_beams": 2},

@@ -1,4 +1,4 @@
-"""Summaries as Rich tables."""
+"""Summaries as tables."""
 
 from __future__ import annotations
 
@@ -6,47 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from drmcli.cli.output import plain, stdout
+from drmcli.cli.tables import Table
 from drmcli.config import spoken
 
 
-class _Table(Table):
-    """A table whose cells are shown on one line, as `plain` writes them."""
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(plain(cell, CELL) if isinstance(cell, str) else cell for cell in cells), **options)
-
-
-CELL = 400
-"""Characters of a cell."""
-WORDS = {
-    "prompt",
-    "to do",
-    "image",
-    "picture",
-    "path",
-    "about",
-    "found",
-    "what",
-    "source",
-    "licence",
-    "splits",
-    "size",
-    "reason",
-}
-"""Columns of text."""
-
-
 def table(title: str, *columns: str) -> Table:
-    """A table in drm's one style, its title printed above it: text left, numbers right; only text is wrapped."""
+    """A table, its title printed above it."""
     stdout().print(plain(title) if not title.startswith("\n") else "\n" + plain(title), style="bold")
-    made = _Table(header_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        words = column in WORDS
-        made.add_column(column, justify="left" if i == 0 or words else "right", no_wrap=not words, overflow="fold")
-    return made
+    return Table(list(map(plain, columns)))
 
 
 def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
@@ -112,8 +80,8 @@ def span(ci95: list[float | None], form: str) -> str:
 
 
 def pictures(run: str, *names: str) -> str:
-    """Where a run's pictures lie, those that there are, to go on a line."""
-    return "".join(f"; {path}" for name in names if (path := Path(run) / f"{name}.png").is_file())
+    """Where a run's pictures lie, those that there are, a line each."""
+    return "".join(f"\npicture: {path}" for name in names if (path := Path(run) / f"{name}.png").is_file())
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -199,7 +167,7 @@ def bench(s: dict[str, Any]) -> None:
             name,
             f"{value:.2f} %",
             span(s["protocols_ci95"][name], ".1f"),
-            "the dataset's own" if name == s["protocol"] else "",
+            "reference" if name == s["protocol"] else "",
         )
     console.print(made)
     console.print(
@@ -331,7 +299,7 @@ def grpo(s: dict[str, Any]) -> None:
     )
     made_what = f"LoRA: {s['lora']} (the last one: {s['lora_last']})" if s["lora"] else f"generator: {s['generator']}"
     console.print(made_what)
-    console.print(f"in {s['run']}{pictures(s['run'], 'before_after', 'curve')}")
+    console.print(f"tables: {s['run']}{pictures(s['run'], 'before_after', 'curve')}")
 
 
 def demo(s: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -56,7 +57,7 @@ def show(
             columns = [c for c in COLUMNS.get(name, table.columns) if c in table.columns] or list(table.columns)
             made = render.table(f"\n{name}: {len(table)} rows, the last of them", *map(str, columns))
             for _, row in table.tail(5).iterrows():
-                made.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+                made.add_row(*(_cell(row[c]) for c in columns))
             stdout().print(made)
         if not found.finished:
             stdout().print("not finished: run the same command again to go on")
@@ -67,9 +68,18 @@ def show(
         raise InputError("; ".join(found.problems), hint="the rest is shown; run the command again with --overwrite")
 
 
+def _cell(value: object) -> str:
+    """A value of a table as people read it."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    if type(value).__name__ in ("bool", "bool_"):  # Python's and NumPy's
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
 COLUMNS = {
     "metrics": ("step", "update", "loss", "accuracy", "reward_mean", "group_std", "kl", "grad_norm", "lr", "seconds"),
-    "pairs": ("prompt", "sigma", "chosen", "rejected", "label", "score_chosen", "score_rejected"),
+    "pairs": ("chosen", "rejected", "sigma", "score_chosen", "score_rejected", "prompt"),
     "scores": ("image", "sigma", "score", "prompt"),
     "images": ("path", "score", "seed", "prompt"),
     "candidates": ("image_id", "step", "sigma", "candidate", "score", "kept"),

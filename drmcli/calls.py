@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from drmcli.errors import RunError
 from drmcli.families.base import joined, rows_of
+from drmcli.fitting import Batch
 from drmcli.generator import Generator
+
+T = TypeVar("T")
 
 
 class States(Protocol):
@@ -53,8 +56,8 @@ class Models:
     negative: Any
     """What guidance leads away from, one row; None is no guidance."""
     guidance_scale: float
-    max_batch: int
-    """Latents in one forward pass; halved when memory does not suffice."""
+    max_batch: Batch
+    """Latents in one forward pass."""
     device: torch.device
     share: bool = False
     """The reward is a head on the generator's own first blocks."""
@@ -79,7 +82,7 @@ class Models:
         def some(i: Tensor) -> Tensor:
             return generator.velocity(flat[i], sigma, self.cond[owner[i]], self.negative, self.guidance_scale)
 
-        return self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
+        return torch.cat(self.in_batches(some, len(owner))).unflatten(0, x.shape[:2])
 
     def opinions(self, x: Tensor, sigma: float | Tensor, clean: Tensor | None = None) -> tuple[Tensor, Any]:
         """Scores [I, N, R] of latents [I, N, C, H, W]; and, with `share`, what the last shared block returned for all I * N, else None.
@@ -91,21 +94,20 @@ class Models:
         self.calls.reward += x.shape[0] * x.shape[1]
         flat, owner = x.flatten(0, 1), self._owner(x)
         seen = None if clean is None else clean.flatten(0, 1)
-        parts: list[Any] = []
 
-        def some(i: Tensor) -> Tensor:
+        def some(i: Tensor) -> tuple[Tensor, list[Any]]:
             cond = self.reward_cond[owner[i]]
             if self.pictures:
                 assert seen is not None
-                return reward.score(flat[i], sigma, cond, clean=seen[i])
+                return reward.score(flat[i], sigma, cond, clean=seen[i]), []
             if not self.share:
-                return reward.score(flat[i], sigma, cond)
-            if int(i[0]) == 0:  # the first part, perhaps once more after memory did not suffice
-                parts.clear()
-            return reward.score(flat[i], sigma, cond, states=parts)
+                return reward.score(flat[i], sigma, cond), []
+            heard: list[Any] = []
+            return reward.score(flat[i], sigma, cond, states=heard), heard
 
-        scores = self.in_batches(some, len(owner)).unflatten(0, x.shape[:2])
-        states = joined(parts) if self.share else None
+        parts = self.in_batches(some, len(owner))
+        scores = torch.cat([found for found, _ in parts]).unflatten(0, x.shape[:2])
+        states = joined([state for _, heard in parts for state in heard]) if self.share else None
         return (scores if scores.ndim == 3 else scores[..., None]), states
 
     def velocity_from(self, states: Any, x: Tensor, where: Tensor, sigma: float) -> Tensor:
@@ -122,7 +124,7 @@ class Models:
             picked = rows_of(states, rows[i])
             return generator.velocity_from(picked, first, flat[i], sigma, self.cond[owner[i]], scale)
 
-        v = self.in_batches(rest, len(rows))
+        v = torch.cat(self.in_batches(rest, len(rows)))
         if generator.passes(self.negative, scale) == 1:
             return v.unflatten(0, x.shape[:2])
         self.calls.generator += len(rows)
@@ -130,19 +132,13 @@ class Models:
         def opposed(i: Tensor) -> Tensor:
             return generator.velocity(flat[i], sigma, self.negative[torch.zeros_like(i)], None, scale)
 
-        u = self.in_batches(opposed, len(rows))
+        u = torch.cat(self.in_batches(opposed, len(rows)))
         return generator.family.guide(v, u, scale).unflatten(0, x.shape[:2])
 
-    def in_batches(self, run: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    def in_batches(self, run: Callable[[Tensor], T], count: int) -> list[T]:
         """`run` of all positions, so many at once as memory allows."""
-        while True:
-            try:
-                return torch.cat([run(part) for part in torch.arange(count, device=self.device).split(self.max_batch)])
-            except torch.OutOfMemoryError:
-                if self.max_batch == 1:
-                    raise
-                self.max_batch //= 2
-                torch.cuda.empty_cache()
+        every = torch.arange(count, device=self.device)
+        return self.max_batch.each(lambda part: run(every[part]), count)
 
     def _owner(self, x: Tensor) -> Tensor:
         """[I * N] which picture a state belongs to."""

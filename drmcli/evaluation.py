@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from drmcli.fitting import Batch
 from drmcli.measure.intervals import paired_ci
 from drmcli.scorers import load_scorer
 
@@ -26,6 +27,7 @@ class Judge:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, flag: str = "--judge"):
         self.name = name
+        self.batch = Batch(64, hint="another scorer")
         self.scorer = None if name == "none" else load_scorer(name, device=device, dtype=dtype, flag=flag)
 
     def __bool__(self) -> bool:
@@ -35,7 +37,9 @@ class Judge:
         """A score a picture, higher is better; NaN where there is no judge."""
         if self.scorer is None:
             return np.full(len(images), np.nan)
-        return self.scorer.score_images(images, prompts).cpu().numpy().astype(float)
+        scorer = self.scorer
+        parts = self.batch.each(lambda at: scorer.score_images(images[at], prompts[at]), len(images))
+        return torch.cat(parts).cpu().numpy().astype(float)
 
 
 @dataclass

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import inspect
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,11 +19,20 @@ from torch import Tensor
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.families import family_of
-from drmcli.families.base import Conditioning, Family, check_negative, latent_space
+from drmcli.families.base import Conditioning, Family, check_negative, check_side, latent_shape, latent_space
 from drmcli.fingerprints import at_hand, of_parts
+from drmcli.fitting import Room, at_once, tile
 from drmcli.hub import explained
 from drmcli.lora import load_lora
-from drmcli.parts import empty_denoiser, load_denoiser, load_part, quiet_libraries, read_index, use_attention
+from drmcli.parts import (
+    empty_denoiser,
+    load_parts,
+    quiet_libraries,
+    read_index,
+    settle,
+    sorted_parts,
+    use_attention,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -72,6 +79,8 @@ class Generator:
         self.revision = revision
         self.max_sequence_length = max_sequence_length
         self.family = (family or family_of(type(pipe).__name__)).bound(dict(pipe.scheduler.config))
+        self.vae_tiling = "auto"
+        self._room = Room()
 
     @classmethod
     def load(
@@ -85,11 +94,13 @@ class Generator:
         text_encoder_3: bool = True,
         max_sequence_length: int = 256,
         attention: str = "sdpa",
+        vae_tiling: str = "auto",
         beside: Generator | None = None,
         flag: str = "--generator",
     ) -> Generator:
         """Load a pipeline from a folder or the hub. Only safetensors are read.
 
+        vae_tiling: does the VAE work on large pictures in overlapping tiles: on, off, auto (see `fitting.tile`).
         beside: a loaded generator, whose VAE and text encoders are used where they are the same, not loaded a second time.
 
         Raises MissingError (gated, absent, offline) or InputError (damaged, of another kind), each naming `flag`.
@@ -99,36 +110,18 @@ class Generator:
             index = read_index(where, revision)
             family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
             kind: Any = family.pipeline_class(index["_class_name"])
-            known = inspect.signature(kind.__init__).parameters
-            given = {name: value for name, value in index.items() if name in known and isinstance(value, list | tuple)}
-            absent: dict[str, Any] = {name: None for name, value in given.items() if value[0] is None}
-            absent |= {name: None for name in family.optional if name in given}
-            if not text_encoder_3:
-                absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name in known}
-            if "text" not in components:
-                absent |= {name: None for name in family.text if name in known}
-            if "vae" not in components:
-                absent |= {"vae": None}
+            given, absent, wanted = sorted_parts(family, kind, index, components, text_encoder_3)
             if "transformer" not in components:
                 absent[family.denoiser] = empty_denoiser(family, where, revision)
-            wanted = {n: getattr(import_module(v[0]), v[1]) for n, v in given.items() if n not in absent}
-            wanted = {n: part for n, part in wanted.items() if issubclass(part, torch.nn.Module)}
             others = [n for n in wanted if n != family.denoiser]
             parts = {} if beside is None else beside.same_encoders(ref, revision, others)
-            for name in others:
-                if name not in parts:
-                    parts[name] = load_part(wanted[name], where, name, revision=revision, dtype=dtype, device=device)
-            if family.denoiser in wanted:
-                parts[family.denoiser] = load_denoiser(family, where, revision=revision, dtype=dtype, device=device)
+            left = {name: part for name, part in wanted.items() if name not in parts}
+            parts |= load_parts(family, left, where, revision=revision, dtype=dtype, device=device)
             home = at_hand(where, [name for name in given if name not in absent | parts], revision, whole=True)
             pipe = kind.from_pretrained(home, dtype=dtype, use_safetensors=True, **absent, **parts)
-        for name, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module):
-                module.eval().requires_grad_(False)
-                if name != family.denoiser or "transformer" in components:
-                    module.to(device)
-        pipe.set_progress_bar_config(disable=True)
+        settle(pipe, device, empty=() if "transformer" in components else (family.denoiser,))
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
+        generator.vae_tiling = vae_tiling
         if "transformer" in components:
             use_attention(generator.transformer, attention)
         return generator
@@ -170,8 +163,10 @@ class Generator:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """All of the pipeline's text conditioning for B prompts."""
-        return self.family.encode_prompts(self.pipe, list(prompts), self.max_sequence_length)
+        """All of the pipeline's text conditioning for B prompts, so many at once as memory allows."""
+        texts, length = list(prompts), self.max_sequence_length
+        parts = self._room.prompts.each(lambda at: self.family.encode_prompts(self.pipe, texts[at], length), len(texts))
+        return parts[0] if len(parts) == 1 else Conditioning.cat(parts)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str, guidance_scale: float) -> Conditioning | None:
@@ -197,8 +192,13 @@ class Generator:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """Latents [B, C, H, W] as the denoiser sees them: posterior modes, shifted and scaled, float32."""
-        pixels = self.preprocess(images, resolution).to(self.device, self.pipe.vae.dtype)
-        return self.family.encode_images(self.pipe, pixels)
+
+        def some(at: slice) -> Tensor:
+            pixels = self.preprocess(images[at], resolution).to(self.device, self.pipe.vae.dtype)
+            tile(self.pipe.vae, self.vae_tiling, pixels.shape[2] * pixels.shape[3])
+            return self.family.encode_images(self.pipe, pixels)
+
+        return torch.cat(self._room.encoded.each(some, len(images)))
 
     def sigmas(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> Tensor:
         """The pipeline's own sigmas [n + 1], falling, float32 on the CPU. size: H, W of the latents (None: the model's own)."""
@@ -258,8 +258,15 @@ class Generator:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of clean latents [B, C, H, W]."""
-        return self.pipe.image_processor.postprocess(self.family.decode(self.pipe, latents), output_type="pil")
+        """Pictures of clean latents [B, C, H, W], so many at once as `fitting.DECODED_PIXELS` hold."""
+        pixels = latents.shape[2] * latents.shape[3] * self.factor**2
+        self._room.decoded.size = min(self._room.decoded.size, at_once(pixels))
+        tile(self.pipe.vae, self.vae_tiling, pixels)
+
+        def some(at: slice) -> list[Image.Image]:
+            return self.pipe.image_processor.postprocess(self.family.decode(self.pipe, latents[at]), output_type="pil")
+
+        return [picture for part in self._room.decoded.each(some, len(latents)) for picture in part]
 
     def load_lora(self, ref: str, flag: str = "--lora") -> None:
         """Put a LoRA of the denoiser on, in any form that `drmcli.lora` reads."""
@@ -304,24 +311,3 @@ class Generator:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def latent_shape(family: Family, config: dict[str, Any], factor: int, height: int, width: int) -> tuple[int, int, int]:
-    """C, H, W of the latents of a picture of these sides in pixels. config: the denoiser's; factor: pixels on a latent pixel's side.
-
-    Raises InputError for sides that the model cannot take.
-    """
-    for flag, side in (("--height", height), ("--width", width)):
-        check_side(flag, side, factor * family.patch(config))
-    largest = family.largest_side(config, factor)
-    if largest is not None and max(height, width) > largest:
-        raise InputError(
-            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
-        )
-    return family.channels(config), height // factor, width // factor
-
-
-def check_side(flag: str, side: int, unit: int) -> None:
-    """Raises InputError for a side in pixels that is no multiple of what a token covers."""
-    if side % unit:
-        raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drmcli.errors import RunError
 from drmcli.families.base import Conditioning
+from drmcli.fitting import SMALLER, Batch, batch_of
 from drmcli.flow import add_noise
 from drmcli.run import seed_of
 
@@ -30,21 +31,21 @@ def score_pictures(
     resolution: int | None,
     noise_samples: int,
     seed: int,
-    batch_size: int,
+    batch_size: int | Batch,
 ) -> Tensor:
     """Scores [B, len(sigmas)] of B pictures for B prompts, each encoded once by `encoders`, a Generator. See `score_clean`."""
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    names = list(unique)
-    parts = [encoders.encode_prompts(names[i : i + batch_size]) for i in range(0, len(names), batch_size)]
+    names, batch = list(unique), batch_of(batch_size, "pictures", flag="--batch-size", hint=SMALLER)
+    parts = [encoders.encode_prompts(names[i : i + batch.size]) for i in range(0, len(names), batch.size)]
     embeds = Conditioning.cat(parts)
-    out = []
-    for i in range(0, len(images), batch_size):
-        some = list(prompts[i : i + batch_size])
-        latents = encoders.encode_images(images[i : i + batch_size], resolution)
-        cond = embeds[torch.tensor([unique[p] for p in some], device=latents.device)]
-        keys = [hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() for image in images[i : i + batch_size]]
-        out.append(score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed))
-    return torch.cat(out)
+
+    def some(at: slice) -> Tensor:
+        latents = encoders.encode_images(images[at], resolution)
+        cond = embeds[torch.tensor([unique[p] for p in prompts[at]], device=latents.device)]
+        keys = [hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() for image in images[at]]
+        return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)
+
+    return torch.cat(batch.each(some, len(images)))
 
 
 @torch.no_grad()

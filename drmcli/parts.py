@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,55 @@ from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton,
 
 if TYPE_CHECKING:
     from drmcli.generator import Generator
+
+
+def sorted_parts(
+    family: Family, kind: Any, index: dict[str, Any], components: Sequence[str], text_encoder_3: bool
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The names of a pipeline's parts, those that stay out (None each), and the classes of the models that are to be loaded.
+
+    kind, index: the pipeline's class and its model_index.json; components: see `Generator`.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    given = {name: value for name, value in index.items() if name in known and isinstance(value, list | tuple)}
+    absent: dict[str, Any] = {name: None for name, value in given.items() if value[0] is None}
+    absent |= {name: None for name in family.optional if name in given}
+    if not text_encoder_3:
+        absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name in known}
+    if "text" not in components:
+        absent |= {name: None for name in family.text if name in known}
+    if "vae" not in components:
+        absent |= {"vae": None}
+    if "transformer" not in components:
+        absent |= {family.denoiser: None}
+    wanted = {n: getattr(import_module(v[0]), v[1]) for n, v in given.items() if n not in absent}
+    return list(given), absent, {n: part for n, part in wanted.items() if issubclass(part, torch.nn.Module)}
+
+
+def load_parts(
+    family: Family,
+    wanted: dict[str, Any],
+    where: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The models of these classes, by name."""
+    denoiser = family.denoiser
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    made = {name: load_part(part, where, name, **options) for name, part in wanted.items() if name != denoiser}
+    return made | ({denoiser: load_denoiser(family, where, **options)} if denoiser in wanted else {})
+
+
+def settle(pipe: Any, device: torch.device | str, *, empty: Sequence[str]) -> None:
+    """Have a pipeline's models frozen and on a device, but for those without weights, and the pipeline quiet."""
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+            if name not in empty:
+                module.to(device)
+    pipe.set_progress_bar_config(disable=True)
 
 
 def read_index(where: str, revision: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from drmcli.data.pictures import Picture, as_count, as_pictures, as_prompts, as_
 from drmcli.errors import InputError
 from drmcli.families import family_named, family_of
 from drmcli.families.base import Conditioning, Family, latent_space, listening
+from drmcli.fitting import Batch
 from drmcli.generator import Generator
 from drmcli.head import Head
 from drmcli.hub import explained
@@ -343,7 +344,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         sigmas: float | Sequence[float] = (0.25,),
         noise_samples: int = 4,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | Batch = 32,
     ) -> Tensor:
         """Scores [B, len(sigmas)] of B pictures, higher is better. Each picture and each prompt is encoded once.
 
@@ -355,10 +356,11 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         """
         as_prompts(prompts)  # before pictures are read, in case the two were given the wrong way round
         pictures = as_pictures(images)
+        batch = batch_size if isinstance(batch_size, Batch) else as_count(batch_size, "batch_size")
         return score_pictures(
             self, self.generator(), pictures, as_prompts(prompts, len(pictures)), as_sigmas(sigmas),
             resolution=self.config.resolution, noise_samples=as_count(noise_samples, "noise_samples"),
-            seed=as_count(seed, "seed", least=0), batch_size=as_count(batch_size, "batch_size"),
+            seed=as_count(seed, "seed", least=0), batch_size=batch,
         )  # fmt: skip
 
 

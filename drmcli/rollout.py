@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drmcli.errors import RunError
+from drmcli.fitting import MAX_BATCH, SMALLER, Batch, batch_of
 from drmcli.flow import STEP_RULES, Step, predict_x0, sample_step
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.losses import group_advantages
@@ -113,7 +114,7 @@ def roll_out(
     negative: PromptEmbeds | None,
     shape: tuple[int, int, int],
     seeds: Sequence[int],
-    max_batch: int = 64,
+    max_batch: int | Batch = 64,
     share: Share | None = None,
 ) -> Rollouts:
     """Trajectories for P prompts, one seed each. Raises RunError for latents or rewards that are not finite.
@@ -134,7 +135,14 @@ def roll_out(
         .to(device)
     )
     x = generator.first_state(x, float(sigmas[0]))
-    count = Counter(generator, score, cond, negative, plan.guidance_scale, max_batch)
+    count = Counter(
+        generator,
+        score,
+        cond,
+        negative,
+        plan.guidance_scale,
+        batch_of(max_batch, "latents", flag=MAX_BATCH, hint=SMALLER),
+    )
     visits: list[Visit] = []
     for step in range(len(sigmas) - 1):
         sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
@@ -240,21 +248,18 @@ class Counter:
     cond: PromptEmbeds
     negative: PromptEmbeds | None
     guidance_scale: float
-    max_batch: int
+    max_batch: Batch
     generator_calls: int = 0
     reward_calls: int = 0
 
     def velocity(self, x: Tensor, sigma: float, owner: Tensor) -> Tensor:
         self.generator_calls += len(x) * self.generator.passes(self.negative, self.guidance_scale)
-        parts = torch.arange(len(x), device=x.device).split(self.max_batch)
-        return torch.cat(
-            [
-                self.generator.velocity(x[i], sigma, self.cond[owner[i]], self.negative, self.guidance_scale)
-                for i in parts
-            ]
-        )
+
+        def some(i: slice) -> Tensor:
+            return self.generator.velocity(x[i], sigma, self.cond[owner[i]], self.negative, self.guidance_scale)
+
+        return torch.cat(self.max_batch.each(some, len(x)))
 
     def score(self, x: Tensor, sigma: float, owner: Tensor) -> Tensor:
         self.reward_calls += len(x)
-        parts = torch.arange(len(x), device=x.device).split(self.max_batch)
-        return torch.cat([self.scorer(x[i], sigma, owner[i]) for i in parts])
+        return torch.cat(self.max_batch.each(lambda i: self.scorer(x[i], sigma, owner[i]), len(x)))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from drmcli.calls import Calls, Models, States
 from drmcli.errors import RunError
+from drmcli.fitting import MAX_BATCH, SMALLER, Batch, batch_of
 from drmcli.flow import STEP_RULES, corrected, predict_x0, renoise
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.scorers.combine import COMBINE
@@ -84,10 +85,15 @@ class Search:
     """How several scorers' opinions become one score; see `scorers.combine.COMBINE`."""
     pictures: bool = False
     """The reward looks at pictures: a state is shown to it by the clean latents that it points to, for one velocity each."""
-    max_batch: int = 64
+    max_batch: int | Batch = 64
     """Latents in one forward pass; halved when memory does not suffice."""
     share: bool = False
     """The reward model is a head on the generator's own first blocks: the kept candidate's velocity goes on from them."""
+
+    def latents_at_once(self) -> Batch:
+        """What memory has allowed serves the next pictures."""
+        self.max_batch = batch_of(self.max_batch, "latents", flag=MAX_BATCH, hint=SMALLER)
+        return self.max_batch
 
     def rule(self) -> str:
         return self.step_rule or ("cps" if self.mode in STOCHASTIC else "ode")
@@ -178,7 +184,7 @@ def sample(
     """
     device = cond.device
     models = Models(
-        generator, reward, cond, reward_cond, negative, search.guidance_scale, search.max_batch, device, search.share,
+        generator, reward, cond, reward_cond, negative, search.guidance_scale, search.latents_at_once(), device, search.share,
         search.pictures,
     )  # fmt: skip
     sigmas = generator.sigmas(search.num_inference_steps, (shape[1], shape[2]))
@@ -195,7 +201,6 @@ def sample(
     x = models.noise(rngs, 1 if search.share_first else search.trajectories(), shape)  # [I, N, C, H, W]
     x = generator.first_state(x, float(sigmas[0]))
     x, found, opinions = descend(models, search, x, sigmas, 0, rngs, trace, after(0))
-    search.max_batch = models.max_batch  # what memory allowed serves the next pictures
     if reward is None:
         return Samples(x[rows, 0], torch.full((len(seeds),), math.nan), found, models.calls)
     if opinions is None:

@@ -75,7 +75,7 @@ class StepwiseScheduler(FlowMatchEulerDiscreteScheduler):
         scheduler = cls.from_config(pipe.scheduler.config)
         scheduler.search = Search(mode="stepwise", beams=beams, step_rule=step_rule, noise_level=noise_level, **search)
         device = cond.device
-        scheduler.models = Models(None, reward, cond, cond, None, 1.0, scheduler.search.max_batch, device)
+        scheduler.models = Models(None, reward, cond, cond, None, 1.0, scheduler.search.latents_at_once(), device)
         scheduler.seeds = seeds
         scheduler._begin()
         return scheduler

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drmcli.algorithms.base import Drawn, Part, Prompts, Scored, StateReward
 from drmcli.errors import InputError
+from drmcli.fitting import Batch
 from drmcli.flow import STEP_RULES, Step, log_prob, log_ratio
 from drmcli.generator import PromptEmbeds
 from drmcli.policy import Policy
@@ -39,7 +40,7 @@ class Groups:
         *,
         shape: tuple[int, int, int],
         micro_batch_size: int,
-        max_batch: int,
+        max_batch: Batch,
         share: Share,
         autocast: Any = nullcontext,
     ):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from drmcli.algorithms.base import Drawn, Part, Prompts, Scored, StateReward
 from drmcli.errors import InputError, RunError
+from drmcli.fitting import Batch
 from drmcli.flow import add_noise
 from drmcli.losses import Advantages, group_advantages
 from drmcli.policy import Policy
@@ -80,7 +81,7 @@ class Nft:
         diversity_bonus: float = 0.0,
         shape: tuple[int, int, int],
         micro_batch_size: int,
-        max_batch: int,
+        max_batch: Batch,
         share: Share,
         seed: int,
         autocast: Any = nullcontext,

@@ -65,6 +65,8 @@ class Drawing:
     """Revision of a generator on the hub; None is its main branch."""
     max_sequence_length: Annotated[int, Field(ge=0, le=4096)] = 256
     """Tokens of the T5 part of a prompt; where there is no T5, SD3 puts as many zeros there."""
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    """The VAE works on overlapping tiles: less memory for large pictures, slightly other pixels; auto is above 2 megapixels."""
     text_encoder_3: bool = True
     """False leaves the T5 encoder unloaded (zeros instead): 9 GB less, slightly different scores."""
 

@@ -377,6 +377,27 @@ def check_negative(family: Family, config: dict[str, Any], prompt: str, scale: f
         )
 
 
+def latent_shape(family: Family, config: dict[str, Any], factor: int, height: int, width: int) -> tuple[int, int, int]:
+    """C, H, W of the latents of a picture of these sides in pixels. factor: pixels on a latent pixel's side.
+
+    Raises InputError for sides that the model cannot take.
+    """
+    for flag, side in (("--height", height), ("--width", width)):
+        check_side(flag, side, factor * family.patch(config))
+    largest = family.largest_side(config, factor)
+    if largest is not None and max(height, width) > largest:
+        raise InputError(
+            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
+        )
+    return family.channels(config), height // factor, width // factor
+
+
+def check_side(flag: str, side: int, unit: int) -> None:
+    """Raises InputError for a side in pixels that is no multiple of what a token covers."""
+    if side % unit:
+        raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}")
+
+
 def latent_space(family: Family, config: dict[str, Any]) -> tuple[str, int]:
     """Name and channels of a denoiser's latents. Reward models may be used across generators of one space.
 

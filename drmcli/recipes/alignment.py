@@ -20,6 +20,7 @@ from drmcli.embeddings import Embeddings
 from drmcli.errors import InputError
 from drmcli.evaluation import Judge
 from drmcli.families.base import Family
+from drmcli.fitting import MAX_BATCH, SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.policy import Policy
 from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
@@ -88,6 +89,8 @@ class Alignment:
     algorithm: Algorithm
     optimizer: torch.optim.Optimizer
     share: Share
+    batch: Batch
+    """Latents that are drawn or scored at once."""
     shape: tuple[int, int, int]
     """Of a latent, [C, H, W]."""
     tables: Tables
@@ -152,9 +155,8 @@ def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
         text_encoder_3=config.text_encoder_3,
         max_sequence_length=config.max_sequence_length,
         attention=config.attention,
+        vae_tiling=config.vae_tiling,
     )
-    if device.type != "cpu":  # 64 pictures of 512 pixels at once are tensors of 8 GB each
-        generator.pipe.vae.enable_slicing()
     rewards = load_rewards(config, generator, device, frozen)
     for text in rewards.share_encoders(generator):
         run.warn(text)
@@ -181,6 +183,7 @@ def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
     shape = generator.latent_shape(side, side)
     share = Share(accelerator.process_index, accelerator.gather)
     reward = StateReward(policy, rewards, predicted=config.score_at == "clean")
+    batch = Batch(config.max_batch, "latents", flag=MAX_BATCH, hint=SMALLER)
     tables = Tables.of(run)
     if config.track and accelerator.is_main_process:
         accelerator.init_trackers("drm-grpo")
@@ -195,9 +198,10 @@ def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
         embeddings=Embeddings(encode, device),
         judge=judge,
         trusted=load_trusted(config, rewards, device, frozen),
-        algorithm=make_algorithm(config, accelerator, policy, reward, shape, share),
+        algorithm=make_algorithm(config, accelerator, policy, reward, shape, share, batch),
         optimizer=torch.optim.AdamW(policy.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True),
         share=share,
+        batch=batch,
         shape=shape,
         tables=tables,
         checkpoints=Checkpoints(run, list(vars(tables).values()), config.keep_checkpoints),
@@ -240,8 +244,9 @@ def make_algorithm(
     reward: StateReward,
     shape: tuple[int, int, int],
     share: Share,
+    batch: Batch,
 ) -> Algorithm:
-    """The algorithm by its name."""
+    """The algorithm by its name. batch: latents that are drawn or scored at once."""
     common: dict[str, Any] = {
         "shape": shape,
         "micro_batch_size": config.micro_batch_size,
@@ -253,7 +258,7 @@ def make_algorithm(
             policy, reward, form=config.direct_form, steps=config.direct_steps, num_inference_steps=config.steps,
             group_size=config.group_size, window=window, kl_beta=config.kl_beta, seed=config.seed, **common,
         )  # fmt: skip
-    common |= {"max_batch": config.max_batch, "share": share}
+    common |= {"max_batch": batch, "share": share}
     if config.algorithm.startswith("nft"):
         return Nft(
             policy, reward, stepwise=config.algorithm == "nft-step", num_inference_steps=config.steps, group_size=config.group_size,

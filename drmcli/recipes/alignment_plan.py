@@ -74,7 +74,10 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
     shared: dict[str, Any] = {"size": (side, side), "dtype": mixed}
     many = max(config.prompts_per_update * config.group_size, config.eval_prompts * config.eval_seeds)
     count = min(config.max_batch, many)
-    other = encoders(known, mixed, prompts=1, encode=0, decode=1, size=(side, side), t5=config.text_encoder_3)
+    other = encoders(
+        known, mixed, prompts=1, encode=0, decode=count, size=(side, side), t5=config.text_encoder_3,
+        tiling=config.vae_tiling,
+    )  # fmt: skip
     beside, drawing = other.models, other.passes
     _, drawing["velocity"] = generator_pass(
         known.family, known.transformer, count=count * (2 if guided else 1), tokens=known.prompt_tokens, **shared

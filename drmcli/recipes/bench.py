@@ -178,7 +178,10 @@ class _Bench:
             sigmas, scorer = [0.0], PairScorer(IndexedPairs(data))
 
             def score(index: np.ndarray) -> np.ndarray:
-                return _score_pictures(model, ref, scorer, index, bad)[:, None]
+                parts = scorer.batch.each(
+                    lambda at: _score_pictures(model, ref, scorer, index[at], bad)[:, None], len(index)
+                )
+                return np.concatenate(parts)
 
         else:
             reward = model.model

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from drmcli import results
 from drmcli.config import package_path, resolve
@@ -25,6 +27,7 @@ from drmcli.data.preferences import text_id
 from drmcli.data.prompts import PROMPT_SETS, read_prompts
 from drmcli.errors import InputError
 from drmcli.files import guarded
+from drmcli.fitting import Batch
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.recipes import sample
 from drmcli.recipes.generated import Part, lora_folder
@@ -116,9 +119,15 @@ def draw(config: DataMake, folder: Run, prompts: list[str]) -> list[dict[str, An
     return [row | {"path": str(Path(row["path"]).relative_to(folder.folder))} for row in drawn["images"]]
 
 
+def judge_some(scorer: Scorer, images: list[Image.Image], prompts: list[str], at: slice) -> np.ndarray:
+    """Scores of some of these pictures."""
+    return scorer.score_images(images[at], prompts[at]).double().numpy()
+
+
 def judged(scorer: Scorer, number: int, images: list[dict[str, Any]], config: DataMake, folder: Run) -> np.ndarray:
     """Scores [pictures] of one scorer; what an earlier start has left is not asked again."""
     size = config.batch_size or 32
+    batch = Batch(size, flag="--batch-size", hint="--dtype bf16")
     parts = results.Parts(folder.folder / "partial" / f"scores-{number}", "partial_scores", folder.id)
     known = {at: table["score"].to_numpy(float) for at, table in parts.whole(folder.warn)}
     out = []
@@ -127,7 +136,8 @@ def judged(scorer: Scorer, number: int, images: list[dict[str, Any]], config: Da
             some = images[start : start + size]
             if start not in known:
                 opened = [load_image(FileImage(row["path"], folder.folder / row["path"])) for row in some]
-                values = scorer.score_images(opened, [row["prompt"] for row in some]).double().numpy()
+                texts = [row["prompt"] for row in some]
+                values = np.concatenate(batch.each(partial(judge_some, scorer, opened, texts), len(some)))
                 for i, value in enumerate(values):
                     parts.add(item=start + i, column=number, score=float(value))
                 parts.flush(start)

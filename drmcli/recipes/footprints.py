@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 
 from drmcli.config import Bench, Grpo, Sample, Score, package_path
 from drmcli.fingerprints import same_part
+from drmcli.fitting import at_once, tile
 from drmcli.flow import schedule
 from drmcli.footprint import Footprint, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
 from drmcli.generator import pick_device, pick_dtype
@@ -42,9 +43,20 @@ def describe_reward(ref: str, flag: str) -> RewardConfig | None:
 
 
 def encoders(
-    known: Known, dtype: torch.dtype, *, prompts: int, encode: int, decode: int, size: tuple[int, int], t5: bool
+    known: Known,
+    dtype: torch.dtype,
+    *,
+    prompts: int,
+    encode: int,
+    decode: int,
+    size: tuple[int, int],
+    t5: bool,
+    tiling: str = "auto",
 ) -> Footprint:
-    """A pipeline's models beside the denoiser, and their passes over so many prompts and pictures. size: of the latents."""
+    """A pipeline's models beside the denoiser, and their passes over so many prompts and pictures.
+
+    size: of the latents; tiling: does the VAE work on tiles?
+    """
     parts = {name: part for name, part in known.parts(dtype).items() if t5 or name != "text_encoder_3"}
     models = {name: bytes_of(part) for name, part in parts.items()}
     texts = [
@@ -54,6 +66,9 @@ def encoders(
     ]
     passes = {"encode prompts": max(texts, default=0)}
     if "vae" in parts:
+        pixels = size[0] * size[1] * known.vae_factor**2
+        tile(parts["vae"], tiling, pixels)
+        decode = min(decode, at_once(pixels))
         channels = known.family.channels(known.transformer)
         passes |= vae_passes(
             known.family, parts["vae"], channels, encode=encode, decode=decode, size=size, factor=known.vae_factor
@@ -130,15 +145,15 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
     """The plan of `drm sample`. pictures: to draw in all; size: of their latents."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    at_once = max(1, min(config.batch_size, pictures))
+    together = max(1, min(config.batch_size, pictures))
     drawn, scored = widest(search, trace=config.trace)
     guided = known.family.guides(known.transformer, config.guidance_scale)
     shared: dict[str, Any] = {"size": size, "dtype": dtype}
     made = encoders(
-        known, dtype, prompts=min(at_once, len(set(config.prompts)) or 1), encode=0, decode=at_once,
-        size=size, t5=config.text_encoder_3,
+        known, dtype, prompts=min(together, len(set(config.prompts)) or 1), encode=0, decode=together,
+        size=size, t5=config.text_encoder_3, tiling=config.vae_tiling,
     )  # fmt: skip
-    count = min(config.max_batch, at_once * drawn) * (2 if guided else 1)
+    count = min(config.max_batch, together * drawn) * (2 if guided else 1)
     weights, one = generator_pass(known.family, known.transformer, count=count, tokens=known.prompt_tokens, **shared)
     models, passes = {known.family.denoiser: weights} | made.models, {"velocity": one} | made.passes
     others = []
@@ -150,7 +165,7 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
         name = f"reward model {i + 1}" if config.add_rewards else "reward model"
         base = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
         models[name], one = reward_pass(
-            reward, count=min(config.max_batch, at_once * scored), tokens=base.prompt_tokens,
+            reward, count=min(config.max_batch, together * scored), tokens=base.prompt_tokens,
             lent=lent(reward, config, known), **shared,
         )  # fmt: skip
         passes["score"] = max(passes.get("score", 0), one)

@@ -28,6 +28,7 @@ from drmcli.data.images import BadImage, FileImage, load_image
 from drmcli.data.preferences import text_id
 from drmcli.data.prompts import holds_prompts_only, read_prompts
 from drmcli.errors import InputError, MissingError, RunError
+from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import DTYPES, Generator, pick_device, pick_dtype
 from drmcli.measure.detect import check_labels, load_detector
 from drmcli.measure.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
@@ -105,6 +106,7 @@ def draw(config: Bench, folder: Run, prompts: list[str], title: str, lora: str |
         "generator",
         "revision",
         "max_sequence_length",
+        "vae_tiling",
         "text_encoder_3",
     )
     flags = {name: getattr(config, name) for name in shared} | {
@@ -187,13 +189,14 @@ def score_pictures(
         ref, device=device, dtype=dtype, attention=config.attention, sigma=config.sigmas[0],
         noise_samples=config.noise_samples, seed=config.seed,
     )  # fmt: skip
-    out = []
-    for i in range(0, len(images), config.batch_size):
-        some = images[i : i + config.batch_size]
-        found = scorer.score_images(_load([row["path"] for row in some]), [row["prompt"] for row in some])
-        out.append(found.double().numpy())
-        folder.reporter.progress(f"score by {spoken(ref)}", min(i + config.batch_size, len(images)), len(images))
-    return np.concatenate(out)
+    batch = Batch(config.batch_size, flag="--batch-size", hint=SMALLER)
+
+    def some(at: slice) -> np.ndarray:
+        found = scorer.score_images(_load([r["path"] for r in images[at]]), [r["prompt"] for r in images[at]])
+        folder.reporter.progress(f"score by {spoken(ref)}", at.stop, len(images))
+        return found.double().numpy()
+
+    return np.concatenate(batch.each(some, len(images)))
 
 
 def _load(paths: list[str]) -> list[Image.Image]:

@@ -210,21 +210,26 @@ def plain_samples(
 ) -> tuple[Tensor, Tensor, list[Image.Image]]:
     """Latents [B, C, H, W], rewards [B] and pictures of plain ODE samples, as a user would draw them, by the weights as they are."""
     config = a.config
-    search = Search(num_inference_steps=config.steps, guidance_scale=config.guidance_scale, max_batch=config.max_batch)
+    search = Search(num_inference_steps=config.steps, guidance_scale=config.guidance_scale, max_batch=a.batch)
     latents, rewards, images = [], [], []
     for i in range(0, len(texts), config.max_batch):
         some = slice(i, i + config.max_batch)
         cond, reward_conds = a.cond(texts[some])
-        owner = torch.arange(len(cond), device=a.accelerator.device)
         with torch.no_grad(), a.accelerator.autocast():
             x = sample(
                 a.policy.generator, None, cond, None, seeds[some], search, negative=a.policy.negative, shape=a.shape
             ).latents
-            rewards.append(a.reward(x, 0.0, Prompts(texts[some], seeds[some], cond, reward_conds), owner).float())
+            rewards.append(clean_rewards(a, x, Prompts(texts[some], seeds[some], cond, reward_conds)))
         latents.append(x)
         images += a.policy.generator.decode(x)
         a.run.reporter.progress(task, min(i + config.max_batch, len(texts)), len(texts))
     return torch.cat(latents), torch.cat(rewards), images
+
+
+def clean_rewards(a: Alignment, x: Tensor, prompts: Prompts) -> Tensor:
+    """Rewards [B] of clean latents [B, C, H, W], one a prompt."""
+    owner = torch.arange(len(x), device=x.device)
+    return torch.cat(a.batch.each(lambda at: a.reward(x[at], 0.0, prompts, owner[at]).float(), len(x)))
 
 
 def look(a: Alignment, split: str) -> Evaluation:

@@ -26,6 +26,7 @@ from drmcli.errors import DrmError, InputError, RunError
 from drmcli.families import family_of
 from drmcli.families.base import Family
 from drmcli.fingerprints import of_parts
+from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.hub import explained
 from drmcli.noise import score_clean
@@ -59,6 +60,7 @@ class LazyGenerator:
             text_encoder_3=config.text_encoder_3,
             max_sequence_length=config.max_sequence_length,
             attention=config.attention,
+            vae_tiling=config.vae_tiling,
         )
 
     @classmethod
@@ -273,6 +275,7 @@ class PairScorer:
         inverse = inverse.reshape(-1)
         self.left, self.right = inverse[: len(pairs)], inverse[len(pairs) :]
         self.pairs = pairs
+        self.batch = Batch(hint=SMALLER)
 
     def score(
         self,
@@ -287,13 +290,17 @@ class PairScorer:
     ) -> Tensor:
         """Scores [len(index), len(sigmas)] of these items. shared_noise: the pictures of a prompt have one noise."""
         assert isinstance(self.pairs, EncodedPairs)
-        encoded = self.pairs.encoded
-        prompt, image = self.items[index, 0], self.items[index, 1]
-        unique, where = np.unique(prompt, return_inverse=True)
-        cond = encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
-        latents = encoded.latents(image.tolist()).to(device)
-        if shared_noise:
-            keys = [self.pairs.data.prompts[i] for i in prompt]
-        else:
-            keys = [encoded.pictures.key(i) or "" for i in image]
-        return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)
+        encoded, data = self.pairs.encoded, self.pairs.data
+
+        def some(at: slice) -> Tensor:
+            prompt, image = self.items[index[at], 0], self.items[index[at], 1]
+            unique, where = np.unique(prompt, return_inverse=True)
+            cond = encoded.prompts(unique.tolist()).to(device)[torch.from_numpy(where.reshape(-1)).to(device)]
+            latents = encoded.latents(image.tolist()).to(device)
+            if shared_noise:
+                keys = [data.prompts[i] for i in prompt]
+            else:
+                keys = [encoded.pictures.key(i) or "" for i in image]
+            return score_clean(model, latents, cond, keys, sigmas, noise_samples=noise_samples, seed=seed)
+
+        return torch.cat(self.batch.each(some, len(index)))

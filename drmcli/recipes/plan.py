@@ -18,8 +18,7 @@ from drmcli.config import local_or_hub
 from drmcli.data.text import parse_yaml
 from drmcli.errors import MissingError
 from drmcli.families import family_of
-from drmcli.families.base import Family
-from drmcli.generator import check_side, latent_shape
+from drmcli.families.base import Family, check_side, latent_shape
 from drmcli.hub import explained
 from drmcli.memory import meta_component
 from drmcli.parts import denoiser_config, quiet_libraries, read_index

@@ -171,6 +171,7 @@ class Studio:
             text_encoder_3=config.text_encoder_3,
             max_sequence_length=config.max_sequence_length,
             attention=config.attention,
+            vae_tiling=config.vae_tiling,
         )
         if config.true_cfg_scale > 1:
             generator.family = generator.family.with_true_cfg(config.true_cfg_scale)

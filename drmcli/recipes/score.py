@@ -17,6 +17,7 @@ from drmcli.config import Score
 from drmcli.data.images import FileImage, load_image
 from drmcli.data.text import cut, short
 from drmcli.errors import InputError
+from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.noise import score_clean
 from drmcli.run import SILENT, Reporter, Run, open_run
@@ -87,11 +88,11 @@ def by_noise_level(
         rows[i] = [_row(config, prompts, i, sigma, float(score)) for sigma, score in zip(sigmas, scores)]
         folder.reporter.progress("score", len(rows), len(config.images))
 
-    where = list(pictures)
+    where, batch = list(pictures), Batch(config.batch_size, flag="--batch-size", hint=SMALLER)
     for start in range(0, len(where), config.batch_size):
         some = where[start : start + config.batch_size]
         images, texts = [pictures[i] for i in some], [prompts[i] for i in some]
-        out = reward.score_images(images, texts, sigmas=config.sigmas, batch_size=config.batch_size, **noise)
+        out = reward.score_images(images, texts, sigmas=config.sigmas, batch_size=batch, **noise)
         for i, scores in zip(some, out):
             add(i, config.sigmas, scores)
     for i, (latents, sigma) in saved.items():
@@ -110,14 +111,16 @@ def of_pictures(
     """A scorer's one score a picture, by position in `config.images`."""
     scorer.check_prompts(prompts)
     rows: dict[int, list[dict[str, Any]]] = {}
-    where = list(pictures)
-    for start in range(0, len(where), config.batch_size):
-        some = where[start : start + config.batch_size]
-        for i, score in zip(
-            some, scorer.score_images([pictures[i] for i in some], [prompts[i] for i in some]).tolist()
-        ):
-            rows[i] = [_row(config, prompts, i, 0.0, score)]
-        folder.reporter.progress("score", len(rows), len(config.images))
+    where, batch = list(pictures), Batch(config.batch_size, flag="--batch-size", hint=SMALLER)
+
+    def some(at: slice) -> list[float]:
+        found = scorer.score_images([pictures[i] for i in where[at]], [prompts[i] for i in where[at]]).tolist()
+        folder.reporter.progress("score", at.stop, len(config.images))
+        return found
+
+    scores = [score for part in batch.each(some, len(where)) for score in part]
+    for i, score in zip(where, scores):
+        rows[i] = [_row(config, prompts, i, 0.0, score)]
     return rows
 
 

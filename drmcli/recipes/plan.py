@@ -80,7 +80,7 @@ def describe_generator(config: Any) -> Known:
 
 
 def describe(ref: str, revision: str | None, max_sequence_length: int, flag: str = "--generator") -> Known:
-    """Read a pipeline's configs. Of a gated one that cannot be had they are those that ship with drm, and `download` says so.
+    """Read a pipeline's configs. Of a preset's that cannot be had they are those that ship with drm, and `download` says so.
 
     Raises MissingError or InputError, naming `flag`.
     """
@@ -121,7 +121,7 @@ def _read(ref: str, where: str, revision: str | None, max_sequence_length: int, 
 
 @lru_cache
 def published_configs(ref: str) -> str | None:
-    """A folder with the published configs of a gated model, kept while the process lives; None for a model that drm has none of."""
+    """A folder with the published configs of a preset's model, kept while the process lives; None for a model that drm has none of."""
     text = (resources.files("drmcli.config") / "published.yaml").read_text(encoding="utf-8")
     parts = parse_yaml(text, "published.yaml")["models"].get(ref)
     if parts is None:

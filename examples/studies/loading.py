@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from plan_sd35 import CLIP_G, CLIP_L, INDEX, T5, TRANSFORMER, VAE
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from drmcli.config import package_path
 from drmcli.loading import skeleton
+from drmcli.recipes.plan import published_configs
 from drmcli.reward import RewardModel
 
 SHARD = 1 << 30
@@ -124,22 +124,26 @@ def write_random(model: torch.nn.Module, folder: Path, name: str) -> None:
 def build(folder: Path, blocks: int, t5_blocks: int, backbone: str) -> None:
     """The pipeline and the reward model on it."""
     base = folder / "base"
+    published = Path(str(published_configs("stabilityai/stable-diffusion-3.5-medium")))
+    of = {part.parent.name: json.loads(part.read_text(encoding="utf-8")) for part in published.glob("*/config.json")}
     dual = [i for i in range(13) if i < blocks]
     makers = {
         "transformer": lambda: SD3Transformer2DModel.from_config(
-            TRANSFORMER | {"num_layers": blocks, "dual_attention_layers": dual}
+            of["transformer"] | {"num_layers": blocks, "dual_attention_layers": dual}
         ),
-        "vae": lambda: AutoencoderKL.from_config(VAE | {"shift_factor": 0.0609, "scaling_factor": 1.5305}),
-        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L, eos_token_id=2)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, eos_token_id=2)),
-        "text_encoder_3": lambda: T5EncoderModel(T5Config(**T5 | {"num_layers": t5_blocks})),
+        "vae": lambda: AutoencoderKL.from_config(of["vae"] | {"shift_factor": 0.0609, "scaling_factor": 1.5305}),
+        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**of["text_encoder"], eos_token_id=2)),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**of["text_encoder_2"], eos_token_id=2)),
+        "text_encoder_3": lambda: T5EncoderModel(T5Config(**of["text_encoder_3"] | {"num_layers": t5_blocks})),
     }
     for part, make in makers.items():
         (base / part).mkdir(parents=True)
         name = "model" if part.startswith("text") else "diffusion_pytorch_model"
         write_random(skeleton(make), base / part, name)
     tiny = Path(package_path("{package}/tiny/weights/generator"))
-    index = INDEX | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index = json.loads((published / "model_index.json").read_text(encoding="utf-8")) | {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    }
     for number in ("", "_2", "_3"):
         shutil.copytree(tiny / "tokenizer", base / f"tokenizer{number}")
         settings = base / f"tokenizer{number}" / "tokenizer_config.json"

@@ -121,6 +121,13 @@ def test_the_comparison_of_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "curves.png").exists()
 
 
+def test_every_study_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share code with each other and use the package's; most are too long to run here."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    for path in sorted((ROOT / "examples" / "studies").glob("*.py")):
+        assert (runpy.run_path(str(path), run_name="example")["__doc__"] or "").strip(), path
+
+
 def test_the_dataset_of_the_overhead_is_in_the_published_layout(tmp_path: Path) -> None:
     made = runpy.run_path(str(ROOT / "examples" / "studies" / "overhead.py"), run_name="example")
     made["write_hpdv2"](tmp_path / "hpdv2", prompts=3)

@@ -119,11 +119,16 @@ def _read(ref: str, where: str, revision: str | None, max_sequence_length: int, 
     )
 
 
+def published(ref: str) -> dict[str, dict[str, Any]] | None:
+    """The published configs of a preset's model by part, `index` for its model_index.json; None for a model that drm has none of."""
+    text = (resources.files("drmcli.config") / "published.yaml").read_text(encoding="utf-8")
+    return parse_yaml(text, "published.yaml")["models"].get(ref)
+
+
 @lru_cache
 def published_configs(ref: str) -> str | None:
     """A folder with the published configs of a preset's model, kept while the process lives; None for a model that drm has none of."""
-    text = (resources.files("drmcli.config") / "published.yaml").read_text(encoding="utf-8")
-    parts = parse_yaml(text, "published.yaml")["models"].get(ref)
+    parts = published(ref)
     if parts is None:
         return None
     home = tempfile.TemporaryDirectory(prefix="drmcli-")

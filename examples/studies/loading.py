@@ -19,27 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-from drmcli.config import package_path
-from drmcli.loading import skeleton
-from drmcli.recipes.plan import published_configs
-from drmcli.reward import RewardModel
-
-SHARD = 1 << 30
-"""Bytes of a file of weights."""
-DROPPED = 3
-"""Blocks that the reward model leaves out."""
+from random_pipeline import DROPPED, build
 
 READ = """
 import sys, time, json
@@ -88,77 +74,6 @@ if code:
     sys.exit(code)
 print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak()}))
 """
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def write_random(model: torch.nn.Module, folder: Path, name: str) -> None:
-    """A model's config, and random weights in bf16 in files of a gigabyte, a file at a time."""
-    generator = torch.Generator().manual_seed(0)
-    places, shard, size, number, tied = {}, {}, 0, 1, set(getattr(model, "_tied_weights_keys", None) or ())
-    model.config.save_pretrained(folder) if hasattr(model.config, "save_pretrained") else model.save_config(folder)
-
-    def flush() -> None:
-        nonlocal shard, size, number
-        file = f"{name}-{number:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, file))
-        shard, size, number = {}, 0, number + 1
-
-    for key, tensor in model.state_dict().items():
-        if key in tied:
-            continue
-        values = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        shard[key] = values.normal_(std=0.02, generator=generator)
-        size += values.nbytes
-        if size >= SHARD:
-            flush()
-    if shard:
-        flush()
-    total = sum((folder / file).stat().st_size for file in set(places.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
-
-
-def build(folder: Path, blocks: int, t5_blocks: int, backbone: str) -> None:
-    """The pipeline and the reward model on it."""
-    base = folder / "base"
-    published = Path(str(published_configs("stabilityai/stable-diffusion-3.5-medium")))
-    of = {part.parent.name: json.loads(part.read_text(encoding="utf-8")) for part in published.glob("*/config.json")}
-    dual = [i for i in range(13) if i < blocks]
-    makers = {
-        "transformer": lambda: SD3Transformer2DModel.from_config(
-            of["transformer"] | {"num_layers": blocks, "dual_attention_layers": dual}
-        ),
-        "vae": lambda: AutoencoderKL.from_config(of["vae"] | {"shift_factor": 0.0609, "scaling_factor": 1.5305}),
-        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**of["text_encoder"], eos_token_id=2)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**of["text_encoder_2"], eos_token_id=2)),
-        "text_encoder_3": lambda: T5EncoderModel(T5Config(**of["text_encoder_3"] | {"num_layers": t5_blocks})),
-    }
-    for part, make in makers.items():
-        (base / part).mkdir(parents=True)
-        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
-        write_random(skeleton(make), base / part, name)
-    tiny = Path(package_path("{package}/tiny/weights/generator"))
-    index = json.loads((published / "model_index.json").read_text(encoding="utf-8")) | {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    }
-    for number in ("", "_2", "_3"):
-        shutil.copytree(tiny / "tokenizer", base / f"tokenizer{number}")
-        settings = base / f"tokenizer{number}" / "tokenizer_config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
-        index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
-    (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
-    )
-    (base / "model_index.json").write_text(json.dumps(index))
-    model = RewardModel.from_generator(
-        str(base), backbone=backbone, drop_layers=DROPPED, dtype=torch.bfloat16, max_sequence_length=256
-    )
-    model.save_pretrained(folder / "reward")
-    Image.new("RGB", (128, 128), "red").save(folder / "picture.png")
 
 
 def used_pieces(folder: Path) -> dict[str, list[tuple[int, int]]]:
@@ -213,6 +128,7 @@ def main() -> None:
         if not (folder / "picture.png").is_file():
             print("building", folder, flush=True)
             build(folder, args.blocks, args.t5_blocks, args.backbone)
+            Image.new("RGB", (128, 128), "red").save(folder / "picture.png")
         pieces = json.dumps(used_pieces(folder))
         for state in ("cold", "warm"):
             if state == "cold":

@@ -19,7 +19,7 @@ def bench(**options: Any) -> None:
 
       drm bench
 
-      drm bench --reward runs/mine/reward --dataset pairs.jsonl --sigma 0.25 --noise-samples 4
+      drm bench --reward runs/mine/reward --dataset pairs.jsonl --sigmas 0.25 --noise-samples 4
 
       drm bench --dataset shapes-prompts --lora runs/mine --scorer shapes
 

@@ -65,10 +65,10 @@ def direct(
     pictures: list[bytes], captions: list[str], sizes: list[int], noise_samples: int
 ) -> tuple[float, float, list[float]]:
     """Seconds and processor seconds for as many pictures in the same batches by the model itself, and the score of each kind."""
-    from drmcli.config import package_path
+    from drmcli.config import package_path, resolve
     from drmcli.reward import RewardModel
 
-    model = RewardModel.from_pretrained(package_path("{package}/tiny/weights/reward"))
+    model = RewardModel.from_pretrained(package_path(resolve("serve").reward))
 
     def score(kinds: list[int]) -> list[float]:
         opened = [Image.open(io.BytesIO(pictures[k])).convert("RGB") for k in kinds]

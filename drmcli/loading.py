@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -92,10 +92,17 @@ def skeleton(make: Callable[[], Any]) -> Any:
         model = make()
     if not _computes(model):
         return model
+    with weightless():
+        return make()
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Inside, parameters that modules are given are on the meta device."""
     hook: Any = _weightless  # PyTorch's annotation forgets that what it returns takes the parameter's place
     handle = register_module_parameter_registration_hook(hook)
     try:
-        return make()
+        yield
     finally:
         handle.remove()
 
@@ -122,12 +129,13 @@ def fill(
     *,
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str = "cpu",
+    only: Collection[str] | None = None,
 ) -> None:
     """Give a model the tensors that it has a place for, in this number format (one, or by name), on this device. Others are not read.
 
-    Raises InputError, beginning with `where`, for missing, misshapen and non-finite ones.
+    only: the names that are looked at (None: all). Raises InputError, beginning with `where`, for missing, misshapen and non-finite ones.
     """
-    places = model.state_dict()
+    places = {name: place for name, place in model.state_dict().items() if only is None or name in only}
     if missing := sorted(places.keys() - tensors.keys()):
         raise InputError(f"{where} lacks the weights of {missing[0]}", hint="download or build the model again")
     for name, place in places.items():

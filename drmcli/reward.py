@@ -30,7 +30,7 @@ from drmcli.fitting import Batch
 from drmcli.generator import Generator
 from drmcli.head import Head
 from drmcli.hub import explained
-from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton
+from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton, weightless
 from drmcli.noise import score_pictures
 from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, use_attention, with_denoiser
 from drmcli.reward_config import RewardConfig, check_shapes, read_config
@@ -391,27 +391,25 @@ def _loaded(
     weights = folder / constants.SAFETENSORS_SINGLE_FILE
     if not weights.is_file():
         raise InputError(f"{where}: holds no model.safetensors", hint="drm reads weights from safetensors only")
+    kind: Any = family.denoiser_class
     with opened([weights]) as tensors:
         if config.backbone == "full":
-            kind: Any = family.denoiser_class
             model = cls(config, skeleton(lambda: kind.from_config(config.transformer)))
-            if "head.log_scale" in tensors and not tensors["head.log_scale"].shape:  # written before it had an axis
-                scale = tensors["head.log_scale"].read().reshape(1)
-                tensors["head.log_scale"] = Stored((1,), lambda: scale)
-            expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-            check_shapes({name: stored.shape for name, stored in tensors.items()}, expected, where)
-            formats = {True: torch.float32, False: dtype}
-            fill(model, tensors, where, dtype=lambda name: formats[name.startswith("head.")], device=device)
+        else:
+            base = local_or_hub(config.base_model, f"{where}: base_model")
+            model = with_denoiser(
+                lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device,
+                beside=beside,
+            )  # fmt: skip
+        with weightless():
             model.set_trainable()
-            return model
-        base = local_or_hub(config.base_model, f"{where}: base_model")
-        model = with_denoiser(
-            lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device,
-            beside=beside,
+        if "head.log_scale" in tensors and not tensors["head.log_scale"].shape:  # written before it had an axis
+            scale = tensors["head.log_scale"].read().reshape(1)
+            tensors["head.log_scale"] = Stored((1,), lambda: scale)
+        expected = {name: tensor.shape for name, tensor in model.saved_tensors().items()}
+        check_shapes({name: stored.shape for name, stored in tensors.items()}, expected, where)
+        formats = {True: torch.float32, False: dtype}
+        fill(
+            model, tensors, where, dtype=lambda name: formats[name.startswith("head.")], device=device, only=expected.keys()
         )  # fmt: skip
-        model.set_trainable()
-        model.load_tensors({name: stored.read() for name, stored in tensors.items()}, where)
-        for name, parameter in model.transformer.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(dtype)
     return model

@@ -128,7 +128,8 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         if not (folder / "picture.png").is_file():
             print("building", folder, flush=True)
-            build(folder, args.blocks, args.t5_blocks, args.backbone)
+            with ProcessPoolExecutor(1) as pool:  # whose memory is given back
+                pool.submit(build, folder, args.blocks, args.t5_blocks, args.backbone).result()
             Image.new("RGB", (128, 128), "red").save(folder / "picture.png")
         pieces = json.dumps(used_pieces(folder))
         for state in ("cold", "warm"):

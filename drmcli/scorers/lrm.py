@@ -29,6 +29,7 @@ from drmcli.errors import InputError
 from drmcli.families.base import Conditioning, Family
 from drmcli.families.sdxl import FAMILY, UNet
 from drmcli.fingerprints import of_folder
+from drmcli.fitting import Room
 from drmcli.generator import Generator
 from drmcli.hub import explained
 from drmcli.parts import denoiser_config, load_part, quiet_libraries, read_index, use_attention, with_denoiser
@@ -72,6 +73,7 @@ class Texts(Generator):
             vae, image_processor, tokenizers, encoders, project,
         )  # fmt: skip
         self.pipe = _Parts(vae, image_processor)
+        self.vae_tiling, self._room = "auto", Room()
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
@@ -35,6 +35,8 @@ from drmcli.noise import score_pictures
 from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, use_attention, with_denoiser
 from drmcli.reward_config import RewardConfig, check_shapes, read_config
 from drmcli.run import seed_of
+
+M = TypeVar("M", bound="CutDenoiser")
 
 
 class CutDenoiser(nn.Module):
@@ -100,6 +102,11 @@ class CutDenoiser(nn.Module):
         if states is not None:
             states.append(heard[last])
         return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
+
+    def ready(self: M, attention: str, device: torch.device | str) -> M:
+        """This model with its attention kernels, frozen and on its device. Raises what `use_attention` does."""
+        use_attention(self.transformer, attention)
+        return self.eval().requires_grad_(False).to(device)
 
     def share_blocks(self, generator: Generator) -> None:
         """Use the generator's own modules, so that a search computes the first blocks once. The weights must be the same ones."""
@@ -256,8 +263,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 patterns = ["config.json", "model.safetensors", "README.md"]
                 where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
             model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device, beside)
-        use_attention(model.transformer, attention)
-        return model.eval().requires_grad_(False).to(device)
+        return model.ready(attention, device)
 
     @classmethod
     def tiny(cls, **options: Any) -> RewardModel:

@@ -29,7 +29,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Conditioning, listening
 from drmcli.generator import Generator
 from drmcli.hub import explained
-from drmcli.parts import denoiser_config, quiet_libraries, read_index, use_attention, with_denoiser
+from drmcli.parts import denoiser_config, quiet_libraries, read_index, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source, read
 
@@ -239,9 +239,8 @@ def load(
         model.load_head(folder / HEAD, name)
         if settings["use_lora"]:
             model.load_lora(folder / LORA, name)
-    use_attention(model.transformer, attention)
     model.transformer.to(dtype)  # the adapter
-    return model.eval().requires_grad_(False).to(device)
+    return model.ready(attention, device)
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from drmcli.fingerprints import of_folder
 from drmcli.fitting import Room
 from drmcli.generator import Generator
 from drmcli.hub import explained
-from drmcli.parts import denoiser_config, load_part, quiet_libraries, read_index, use_attention, with_denoiser
+from drmcli.parts import denoiser_config, load_part, quiet_libraries, read_index, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source
 
@@ -269,8 +269,7 @@ def load(
             lambda unet: LRM(config, unet, projections), FAMILY, str(folder), revision=None, dtype=dtype, device=device
         )  # fmt: skip
         model.load_texts(folder, base, own_vae, large, projections, where, dtype, device)
-    use_attention(model.transformer, attention)
-    return model.eval().requires_grad_(False).to(device)
+    return model.ready(attention, device)
 
 
 def read_projections(file: Path, where: str) -> dict[str, Tensor]:

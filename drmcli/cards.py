@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drmcli.config import package_path, spoken, to_command
+from drmcli.config import package_path, split_ratio, spoken, to_command
 from drmcli.data.datasets import DATASETS
 from drmcli.data.text import dump_yaml, parse_yaml, read_text
 from drmcli.errors import DrmError
@@ -199,13 +199,11 @@ def _data(items: list[str]) -> tuple[str, list[str]]:
     """Data sets in words, with the ratios of a mixture, and the hub ids of those that are published."""
     said, ids = [], []
     for item in items:
-        name, mark, ratio = item.rpartition("=")
-        if not mark or os.path.exists(package_path(item)):
-            name, ratio = item, ""
+        name, ratio = split_ratio(item)
         if name in DATASETS:
             ids.append(DATASETS[name].hub_id)
         what = EMBEDDED.get(name) or (name if name in DATASETS else Path(name).name)
-        said.append(what + (f", ratio {ratio}" if ratio and len(items) > 1 else ""))
+        said.append(what + (f", ratio {ratio:g}" if ratio and len(items) > 1 else ""))
     return "; ".join(said), ids
 
 

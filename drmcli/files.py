@@ -191,6 +191,12 @@ def read_object(path: Path, name: str) -> dict[str, Any] | None:
     return values
 
 
+def begun_runs() -> list[Path]:
+    """The run folders in runs/, the one that was begun last first."""
+    found = [(file.stat().st_mtime, file.parent) for file in Path("runs").glob("*/config.yaml")]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
 def damaged(path: Path, name: str) -> InputError:
     """The error of a run's own file that does not hold what was written."""
     return InputError(

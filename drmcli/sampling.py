@@ -104,6 +104,18 @@ class Search:
             return 1
         return self.starts or (self.keep if self.mode == "beam" else 4)
 
+    def begun(self) -> int:
+        """States of a picture before the first step."""
+        return 1 if self.share_first else self.trajectories()
+
+    def standing(self, step: int, states: int) -> int:
+        """Trajectories that so many states of a picture are, at a step: the first state may be that of all of them."""
+        return self.trajectories() if step == 0 and self.share_first else states
+
+    def looks(self, trace: bool) -> bool:
+        """Are noisy candidates, before some are kept, seen by the clean latents that they point to, for a velocity each?"""
+        return self.score_at == "clean" or self.pictures or trace
+
     def children(self, step: int, sigma: float, sigma_next: float, trajectories: int) -> int:
         """Of each trajectory at a step."""
         if step == 0 and self.share_first and self.trajectories() > 1:
@@ -191,14 +203,14 @@ def sample(
     total = len(sigmas) - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = torch.arange(len(seeds))
-    start = _nearest(sigmas, search.refine_sigma) if search.refine else total
+    start = nearest_step(sigmas, search.refine_sigma) if search.refine else total
     whole = total + search.refine * (total - start)
 
     def after(begun: int) -> Callable[[int], None]:
         return lambda done: on_step(begun + done, whole)
 
     # Down from pure noise; of several ends the best is kept.
-    x = models.noise(rngs, 1 if search.share_first else search.trajectories(), shape)  # [I, N, C, H, W]
+    x = models.noise(rngs, search.begun(), shape)  # [I, N, C, H, W]
     x = generator.first_state(x, float(sigmas[0]))
     x, found, opinions = descend(models, search, x, sigmas, 0, rngs, trace, after(0))
     if reward is None:
@@ -211,7 +223,7 @@ def sample(
     score, x, opinions = ends.gather(1, keep), _rows(x, keep.to(device)), _rows(opinions, keep.to(device))
 
     # Noise the best end again, sample anew from there, and keep what is better.
-    again = _refining(search)
+    again = refining(search)
     for turn in range(search.refine):
         noise = models.noise(rngs, 1, shape)
         level = float(sigmas[start])
@@ -227,12 +239,12 @@ def sample(
     return Samples(x[:, 0], score[:, 0], found, models.calls)
 
 
-def _nearest(sigmas: Tensor, level: float) -> int:
+def nearest_step(sigmas: Tensor, level: float) -> int:
     """The step of a schedule that starts nearest to a sigma, neither at pure noise nor at the end."""
     return min(range(1, len(sigmas) - 1), key=lambda i: abs(float(sigmas[i]) - level))
 
 
-def _refining(search: Search) -> Search:
+def refining(search: Search) -> Search:
     """How one end is sampled anew."""
     return replace(
         search, mode="stepwise" if search.refine_beams > 1 else "plain", step_rule=search.rule(), beams=search.refine_beams,
@@ -305,8 +317,7 @@ def take_step(
             f"step {step} of {len(sigmas) - 1}: latents are not finite",
             hint="use --dtype fp32 or bf16, or a lower guidance scale",
         )
-    trajectories = search.trajectories() if step == 0 and search.share_first else x.shape[1]
-    count = search.survivors(sigma_next, trajectories, children.shape[1])
+    count = search.survivors(sigma_next, search.standing(step, x.shape[1]), children.shape[1])
     if models.reward is None or count is None:
         return Taken(children)
 
@@ -314,7 +325,7 @@ def take_step(
     following, preview = None, None
     if sigma_next == 0:
         preview = children
-    elif search.score_at == "clean" or search.pictures or trace:
+    elif search.looks(trace):
         following = models.velocity(children, sigma_next)
         flat = predict_x0(children.flatten(0, 1), following.flatten(0, 1), sigma_next)
         preview = flat.unflatten(0, children.shape[:2])
@@ -405,42 +416,6 @@ Select = Callable[[Tensor, int, Search, Sequence[torch.Generator]], Tensor]
 SELECT: dict[str, Select] = {"stepwise": best, "beam": best, "halving": best, "smc": resample}
 """Who lives on, by mode: rule(scores [I, M], how many, search, rngs) -> positions [I, N']."""
 MODES = ("plain", "best-of-n", *SELECT)
-
-
-def expected_calls(search: Search, sigmas: Tensor, *, trace: bool = False, guided: bool | None = None) -> Calls:
-    """Calls of the models for one picture, counted from the settings alone, without blocks that are shared.
-
-    sigmas: the schedule [n + 1]. A reward is assumed to be there. guided: does the guidance scale take a second pass (None: any
-    other than 1 does)? See `Family.guides`.
-    """
-    calls, total = Calls(), len(sigmas) - 1
-    each = 1 + (search.guidance_scale > 1 if guided is None else guided)
-
-    def down(way: Search, first: int, n: int) -> tuple[int, bool]:
-        """Ends of a way down, and whether the last step has judged the only one."""
-        known, judged = False, False
-        for step in range(first, total):
-            sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
-            calls.generator += 0 if known else each * n
-            candidates = n * way.children(step, sigma, sigma_next, n)
-            trajectories = way.trajectories() if step == 0 and way.share_first else n
-            count = way.survivors(sigma_next, trajectories, candidates)
-            known, judged = False, count is not None
-            if count is not None:
-                calls.reward += candidates
-                known = sigma_next > 0 and (way.score_at == "clean" or way.pictures or trace)
-                calls.generator += each * candidates * known
-            n = candidates if count is None else count
-        return n, judged and n == 1 and way.score_at == "noisy"
-
-    ends, judged = down(search, 0, 1 if search.share_first else search.trajectories())
-    calls.reward += 0 if judged else ends
-    if search.refine:
-        start = _nearest(sigmas, search.refine_sigma)
-        for _ in range(search.refine):
-            down(_refining(search), start, 1)
-            calls.reward += 1
-    return calls
 
 
 def _rows(x: Tensor, keep: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from drmcli.data.text import filled
 
 SMALLEST, LARGEST, OF_MANY = 128, 512, 256
 """Sides of a tile in pixels: at least, at most, and at most where there are more than MANY."""
@@ -150,19 +153,8 @@ def _strip(tile: Tile, side: int, size: int) -> list[tuple[str, str]]:
 def wrapped(text: str, width: int, size: int, most: int) -> list[str]:
     """Lines no wider than `width` pixels, at most `most`; what does not fit ends in dots. Words wider than a line are cut."""
     words = text[: LONGEST + 1].encode("utf-8", "replace").decode().split()
-    lines: list[str] = []
-    line = ""
-    for word in words:
-        for piece in _pieces(word, width, size):
-            together = f"{line} {piece}".lstrip()
-            if line and _length(together, size) > width:
-                lines.append(line)
-                line = piece
-            else:
-                line = together
-        if len(lines) > most:
-            break
-    lines += [line] if line else []
+    whole = filled(words, lambda word: _pieces(word, width, size), lambda line: _length(line, size) <= width)
+    lines = [line for line in islice(whole, most + 1) if line]
     if len(lines) <= most and len(text) <= LONGEST:
         return lines
     last = lines[most - 1] if len(lines) >= most else lines[-1]

@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from drmcli.config import resolve
+from drmcli.expected import expected_calls
 from drmcli.generator import Generator
 from drmcli.recipes import methods
 from drmcli.recipes.methods import check_search, search_of
 from drmcli.reward import RewardModel
 from drmcli.run import Interruptions
-from drmcli.sampling import Search, expected_calls, sample
+from drmcli.sampling import Search, sample
 from drmcli.scorers import load_scorer
 from drmcli.scorers.combine import COMBINE, Combined, Term
 from drmcli.tiny import world

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from drmcli.cards import reward_card
 from drmcli.config import resolve
 from drmcli.errors import InputError
 from drmcli.generator import Generator
@@ -47,6 +49,14 @@ def test_judge_knows_good_from_bad() -> None:
     assert judge(clean, captions[::-1]).score.mean() < 0.3
     assert judge(np.full_like(clean, round(255 * world.BACKGROUND)), captions).score.max() == 0
     assert judge(rng.integers(0, 255, clean.shape).astype(np.uint8), captions).score.mean() < 0.3
+
+
+@pytest.mark.parametrize("name", ["reward", "reward-own"])
+def test_cards_of_the_embedded_reward_models(name: str) -> None:
+    folder = PACKAGE / "weights" / name
+    assert (folder / "README.md").read_text(encoding="utf-8") == reward_card(
+        json.loads((folder / "config.json").read_text())
+    )
 
 
 @pytest.mark.parametrize("flaw", world.FLAWS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from drmcli.cli import options as o
 
 
@@ -13,11 +11,7 @@ from drmcli.cli import options as o
 def export(
     run: Annotated[
         str | None,
-        typer.Argument(
-            metavar="RUN",
-            help="A run folder (default: the newest in runs/ that made a model).",
-            autocompletion=o.offering(lambda: o.run_folders("*")),
-        ),
+        o.run_argument("the newest in runs/ that made a model"),
     ] = None,
     **options: Any,
 ) -> None:

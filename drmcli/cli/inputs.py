@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from drmcli.config import local_or_hub, package_path
+from drmcli.config import local_or_hub, package_path, split_ratio
 from drmcli.errors import DrmError, InputError, MissingError
 
 SCORERS = {"reward": "--reward", "refresh_by": "--refresh-by", "against": "--against", "judge": "--judge"}
@@ -82,9 +82,7 @@ def _bench(config: Any) -> None:
 def _train(config: Any) -> None:
     for flag, items in (("--data", config.data), ("--eval-data", config.eval_data)):
         for item in items:
-            name, mark, ratio = item.rpartition("=")
-            mixed = mark and not os.path.exists(package_path(item)) and _number(ratio) is not None
-            _data(name if mixed else item, config.data_dir, flag)
+            _data(split_ratio(item)[0], config.data_dir, flag)
 
 
 def _grpo(config: Any) -> None:
@@ -112,13 +110,6 @@ def _scorer(ref: str, flag: str, *, weighed: bool) -> None:
     from drmcli.scorers import parse_term, read_reference
 
     read_reference(parse_term(ref, flag)[0] if weighed else ref, flag)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _path(ref: str, flag: str) -> None:

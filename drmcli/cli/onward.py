@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from drmcli.config import split_ratio
+
 Words = list[str]
 Summary = Mapping[str, Any]
 Config = Mapping[str, Any]
@@ -107,25 +109,16 @@ def _reward(ref: str, c: Config) -> Words:
 
 def _judged_by(c: Config) -> Words:
     """The reward that chose a picture; where none did, the preset's or a public one."""
-    ref = _bare(c.get("reward") or "none")
+    ref = split_ratio(c.get("reward") or "none")[0]
     if ref == "none":
         return ["--reward", "pickscore"] if _model(c) else []
     return _reward(ref, c)
 
 
-def _bare(item: str) -> str:
-    """NAME of NAME=NUMBER."""
-    name, mark, number = item.rpartition("=")
-    try:
-        return name if mark and math.isfinite(float(number)) else item
-    except ValueError:
-        return item
-
-
 def _train_reward(s: Summary, c: Config) -> Words:
     from drmcli.cli.inputs import NO_FILES
 
-    name = _bare(c["data"][0])
+    name = split_ratio(c["data"][0])[0]
     own = [] if name in NO_FILES else ["--dataset", name, *(["--data-dir", c["data_dir"]] if c.get("data_dir") else [])]
     return ["drm", "bench", *_model(c), *own, "--reward", s["reward"]]
 

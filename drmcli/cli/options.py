@@ -21,6 +21,13 @@ def offering(values: Callable[[], list[str]]) -> Callable[[str], list[str]]:
     return lambda incomplete: [value for value in values() if value.startswith(incomplete)]
 
 
+def run_argument(default: str) -> Any:
+    """The argument RUN, and what it is where it is not given."""
+    return typer.Argument(
+        metavar="RUN", help=f"A run folder (default: {default}).", autocompletion=offering(lambda: run_folders("*"))
+    )
+
+
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-import typer
-
 from drmcli.cli import options as o
 
 
 def show(
     run: Annotated[
         str | None,
-        typer.Argument(
-            metavar="RUN",
-            help="A run folder (default: the newest in runs/).",
-            autocompletion=o.offering(lambda: o.run_folders("*")),
-        ),
+        o.run_argument("the newest in runs/"),
     ] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

@@ -10,6 +10,7 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from drmcli.cli.output import plain
+from drmcli.data.text import filled
 
 CELL = 400
 """Characters of a cell."""
@@ -106,13 +107,7 @@ class Table:
 
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of at most that many columns; words that are wider are cut."""
-    lines, line = [], ""
-    for word in text.split(" "):
-        for piece in chop_cells(word, max(2, width)) or [""]:
-            together = f"{line} {piece}" if line else piece
-            if line and cell_len(together) > width:
-                lines.append(line)
-                line = piece
-            else:
-                line = together
-    return [*lines, line]
+    cells = max(2, width)
+    return list(
+        filled(text.split(" "), lambda word: chop_cells(word, cells) or [""], lambda line: cell_len(line) <= width)
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,6 +204,17 @@ def _of_sections(sections: dict[str, Any], command: str) -> dict[str, Any]:
 def package_path(text: str) -> str:
     """`{package}` in a path replaced by the folder of the installed package."""
     return text.replace("{package}", str(Path(drmcli.__file__).parent))
+
+
+def split_ratio(item: str) -> tuple[str, float | None]:
+    """`NAME=NUMBER`, data with a ratio or a scorer with a weight, as its parts; None where there is no number, or the whole is a file."""
+    name, mark, number = item.rpartition("=")
+    if mark and not os.path.exists(package_path(item)):
+        try:
+            return name, float(number)
+        except ValueError:  # NAME=FOLDER
+            pass
+    return item, None
 
 
 def spoken(ref: str | None) -> str:

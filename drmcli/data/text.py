@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def cut(text: str, limit: int = MAX_SHOWN) -> str:
     """Plain text on one line, cut to `limit` characters."""
     text = " ".join(text.split()) if len(text) < 10 * limit else " ".join(text[: 10 * limit].split()) + " ..."
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."
+
+
+def filled(words: Iterable[str], pieces: Callable[[str], list[str]], fits: Callable[[str], bool]) -> Iterator[str]:
+    """Lines of words, each as full as `fits` allows; the last may be empty. pieces: a word in parts that fit in a line by themselves."""
+    line = ""
+    for word in words:
+        for piece in pieces(word):
+            together = f"{line} {piece}" if line else piece
+            if line and not fits(together):
+                yield line
+                line = piece
+            else:
+                line = together
+    yield line
 
 
 def kind(value: Any) -> str:

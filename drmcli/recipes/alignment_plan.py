@@ -13,7 +13,7 @@ from drmcli.footprint import generator_pass, reward_pass
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_policy
 from drmcli.recipes.alignment import check_config, lora_config, read_prompts, rollout_plan
-from drmcli.recipes.footprints import describe_reward, described_term, encoders, lent
+from drmcli.recipes.footprints import describe_reward, described_rewards, encoders, lent
 from drmcli.recipes.plan import Known, describe_generator
 from drmcli.rollout import trained
 
@@ -82,13 +82,8 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
     _, drawing["velocity"] = generator_pass(
         known.family, known.transformer, count=count * (2 if guided else 1), tokens=known.prompt_tokens, **shared
     )
-    others = []
-    for i, ref in enumerate([config.reward, *config.add_rewards]):
-        reward = described_term(ref, "--add-reward" if i else "--reward")
-        if reward is None:
-            others.append(ref)
-            continue
-        name = f"reward model {i + 1}" if config.add_rewards else "reward model"
+    rewards, others = described_rewards(config, needed=True)
+    for name, reward in rewards.items():
         beside[name], one = reward_pass(
             reward, count=count, tokens=known.prompt_tokens, lent=config.train == "lora" and lent(reward, config, known), **shared
         )  # fmt: skip

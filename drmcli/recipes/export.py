@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from drmcli import cards, signals
 from drmcli.config import Export
 from drmcli.errors import InputError, MissingError
-from drmcli.files import atomic_folder, guarded, read_object
+from drmcli.files import atomic_folder, begun_runs, guarded, read_object
 from drmcli.hub import pushing
 from drmcli.run import SILENT, Reporter
 
@@ -199,17 +199,14 @@ def found(name: str) -> Product:
 
 def newest() -> Path:
     """The run in runs/ that was begun last of those that make a model."""
-    runs = []
-    for file in Path("runs").glob("*/config.yaml"):
+    for folder in begun_runs():
         try:
-            values = read_object(file, str(file.parent)) or {}
+            values = read_object(folder / "config.yaml", str(folder)) or {}
         except InputError:  # damaged: it is no candidate, and `drm show` says why
             continue
         if values.get("command") in PRODUCTS:
-            runs.append((file.stat().st_mtime, file.parent))
-    if not runs:
-        raise InputError("RUN: no run in runs/ makes a model", hint="give a run folder, or make one: drm train-reward")
-    return max(runs)[1]
+            return folder
+    raise InputError("RUN: no run in runs/ makes a model", hint="give a run folder, or make one: drm train-reward")
 
 
 def fill(product: Product, name: str) -> None:

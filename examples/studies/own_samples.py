@@ -2,12 +2,13 @@
 
     python examples/studies/own_samples.py OUT
 
-runs `drm data make`, `drm train-reward --init` (own samples and shapes mixed), `drm bench` on held-out own samples and `drm sample
---stepwise`, each with its default of the embedded world but for the flags below, and prints what the shipped reward model gives beside
-it: pair accuracy by noise level (against the judge's order, and against its noisy votes), and the judge of what searches draw at
-the same cost, paired by prompt and seed with an interval clustered by prompt. It prints the seconds of each step too.
+runs `drm data make`, `drm train-reward --init` from the first embedded reward model (own samples and shapes mixed), `drm bench` on own
+samples of other captions, and `drm sample --stepwise`, on the embedded world with the settings of the flags below. Beside what was
+trained it prints what the first embedded reward model gives (`shipped` in its tables): pair accuracy by sigma (against the judge's order,
+and against its noisy votes), and the judge of what a search draws at the same cost, paired by prompt and seed with an interval clustered
+by prompt. It prints the seconds of the last way's steps too.
 
-    --ways shapes own-ode own-cps mix-ode mix-cps      the ablation: the shipped data again, own samples of either kind, mixtures
+    --ways shapes own-ode own-cps mix-ode mix-cps      the ablation: shapes alone, own samples by either step rule, mixtures
     --captions 20 --num-images 4 --steps 20 ...        smaller
 """
 

@@ -23,6 +23,7 @@ from drmcli.families.base import Conditioning, Family, check_negative, check_sid
 from drmcli.fingerprints import at_hand, of_parts
 from drmcli.fitting import Room, at_once, tile
 from drmcli.hub import explained
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.lora import load_lora
 from drmcli.parts import (
     empty_denoiser,
@@ -31,7 +32,6 @@ from drmcli.parts import (
     read_index,
     settle,
     sorted_parts,
-    use_attention,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,13 +93,14 @@ class Generator:
         components: Sequence[str] = ("text", "vae", "transformer"),
         text_encoder_3: bool = True,
         max_sequence_length: int = 256,
-        attention: str = "sdpa",
+        kernels: Kernels = PLAIN,
         vae_tiling: str = "auto",
         beside: Generator | None = None,
         flag: str = "--generator",
     ) -> Generator:
         """Load a pipeline from a folder or the hub. Only safetensors are read.
 
+        kernels: how the denoiser's blocks are computed.
         vae_tiling: does the VAE work on large pictures in overlapping tiles: on, off, auto (see `fitting.tile`).
         beside: a loaded generator, whose VAE and text encoders are used where they are the same, not loaded a second time.
 
@@ -123,7 +124,7 @@ class Generator:
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
         generator.vae_tiling = vae_tiling
         if "transformer" in components:
-            use_attention(generator.transformer, attention)
+            kernels.use(generator.transformer, family)
         return generator
 
     @property

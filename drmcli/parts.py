@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers import PreTrainedModel
 
-from drmcli.errors import InputError, MissingError
+from drmcli.errors import InputError
 from drmcli.families.base import Family
 from drmcli.fingerprints import at_hand, reach
 from drmcli.hub import quiet_hub
@@ -170,18 +170,6 @@ def _refuse_broken(module: torch.nn.Module, where: str) -> None:
     for name, tensor in module.state_dict().items():
         if not tensor.is_meta and not finite(tensor):
             raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
-
-
-def use_attention(denoiser: Any, name: str) -> None:
-    """Attention kernels of a denoiser: sdpa is PyTorch's own; for xformers MissingError where it or CUDA is not there."""
-    if name != "xformers":
-        return
-    if not torch.cuda.is_available():
-        raise MissingError("--attention xformers: needs a CUDA GPU", hint="leave it out, or use --attention sdpa")
-    try:
-        denoiser.enable_xformers_memory_efficient_attention()
-    except (ModuleNotFoundError, ImportError) as error:
-        raise MissingError("--attention xformers: not installed", hint="pip install 'drmcli[xformers]'") from error
 
 
 @contextmanager

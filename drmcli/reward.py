@@ -30,9 +30,10 @@ from drmcli.fitting import Batch
 from drmcli.generator import Generator
 from drmcli.head import Head
 from drmcli.hub import explained
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton, weightless
 from drmcli.noise import score_pictures
-from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, use_attention, with_denoiser
+from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, with_denoiser
 from drmcli.reward_config import RewardConfig, check_shapes, read_config
 from drmcli.run import seed_of
 
@@ -103,9 +104,9 @@ class CutDenoiser(nn.Module):
             states.append(heard[last])
         return [family.tokens(heard[tap], inputs, grid) for tap in self.taps]
 
-    def ready(self: M, attention: str, device: torch.device | str) -> M:
-        """This model with its attention kernels, frozen and on its device. Raises what `use_attention` does."""
-        use_attention(self.transformer, attention)
+    def ready(self: M, kernels: Kernels, device: torch.device | str) -> M:
+        """This model with its blocks computed by these kernels, frozen and on its device. Raises what `Kernels.use` does."""
+        kernels.use(self.transformer, self.family)
         return self.eval().requires_grad_(False).to(device)
 
     def share_blocks(self, generator: Generator) -> None:
@@ -244,14 +245,14 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         dtype: torch.dtype = torch.float32,
         base_dtype: torch.dtype | None = None,
         beside: Generator | None = None,
-        attention: str = "sdpa",
+        kernels: Kernels = PLAIN,
         flag: str = "--reward",
     ) -> RewardModel:
         """Load a saved reward model from a folder or the hub, frozen and ready to score.
 
         dtype: of the backbone, the head is always float32; base_dtype: of backbone weights that are the base's own (None: as the others).
         beside: a loaded generator. Where the backbone is its transformer's first blocks, alone or with a LoRA, the weights themselves are
-        used, not loaded a second time; they must not be changed in place from then on.
+        used, not loaded a second time; they must not be changed in place from then on. kernels: how its blocks are computed.
 
         Raises MissingError (absent, gated, offline) or InputError (damaged, of another kind), each naming `flag`.
         """
@@ -263,7 +264,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 patterns = ["config.json", "model.safetensors", "README.md"]
                 where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
             model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device, beside)
-        return model.ready(attention, device)
+        return model.ready(kernels, device)
 
     @classmethod
     def tiny(cls, **options: Any) -> RewardModel:

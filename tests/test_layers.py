@@ -22,7 +22,7 @@ def ground() -> set[str]:
     return GROUND | inside - WITH_TORCH
 
 
-MODELS = {"generator", "parts", "reward", "policy", "memory", "scheduler", "measure.detect", "tiny.build", "tiny.shapes",
+MODELS = {"generator", "kernels", "parts", "reward", "policy", "memory", "scheduler", "measure.detect", "tiny.build", "tiny.shapes",
           "scorers.clip", "scorers.openclip", "scorers.imagereward", "scorers.hpsv3", "scorers.lrm"}  # fmt: skip
 """Modules that may see diffusers and transformers, besides the recipes."""
 

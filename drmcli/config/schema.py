@@ -45,8 +45,10 @@ class Common:
     """auto, cuda, cuda:1 or cpu; auto takes a GPU where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of frozen weights and mixed precision; auto is bf16 on CUDA and fp32 on the CPU."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention kernels; xformers needs the extra of that name and CUDA."""
+    attention: str = "sdpa"
+    """Attention kernels; sdpa is PyTorch's own, others by diffusers' names: native, flash, _flash_3, flex, sage, xformers, ..."""
+    compile: bool = False
+    """Compile the models' blocks with torch.compile: quicker passes after minutes of compiling; batches of any size share a program."""
     resolution: Pixels | None = None
     """Side of the square that images are cropped and resized to, pixels; None is the generator's own size."""
     resume: bool = True

@@ -22,6 +22,7 @@ from drmcli.evaluation import Judge
 from drmcli.families.base import Family
 from drmcli.fitting import MAX_BATCH, SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_device, pick_dtype
+from drmcli.kernels import Kernels, check_trainable
 from drmcli.policy import Policy
 from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
 from drmcli.results import Parts
@@ -129,6 +130,7 @@ def check_config(config: Grpo) -> None:
             "--dtype fp16: small gradients of the policy vanish in it, and drm grpo does not scale them",
             hint="use --dtype bf16 or fp32",
         )
+    check_trainable(config.attention)
     if bool(config.refresh_every) != bool(config.refresh_by):
         raise InputError(
             "--refresh-every: needs a scorer by --refresh-by, and the other way round",
@@ -154,7 +156,7 @@ def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
         dtype=frozen,
         text_encoder_3=config.text_encoder_3,
         max_sequence_length=config.max_sequence_length,
-        attention=config.attention,
+        kernels=Kernels.of(config, device),
         vae_tiling=config.vae_tiling,
     )
     rewards = load_rewards(config, generator, device, frozen)
@@ -215,7 +217,7 @@ def load_rewards(config: Grpo, generator: Generator, device: torch.device, dtype
         [parse_term(config.reward), *(parse_term(text, "--add-reward") for text in config.add_rewards)],
         device=device,
         dtype=dtype,
-        attention=config.attention,
+        kernels=Kernels.of(config, device),
         draws=config.reward_draws,
         spread_penalty=config.spread_penalty,
         ceiling=config.reward_ceiling,

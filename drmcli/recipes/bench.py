@@ -25,6 +25,7 @@ from drmcli.data.preferences import Preferences
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.measure.protocols import Pairs
 from drmcli.plots import accuracy_by_noise, calibration_plot
 from drmcli.recipes import generated
@@ -161,7 +162,11 @@ class _Bench:
             config = self.config
             self._loaded = None  # its memory goes before the next is loaded
             model = load_scorer(
-                ref, device=self.device, dtype=self.dtype, attention=config.attention, flag=flag_of(config, ref)
+                ref,
+                device=self.device,
+                dtype=self.dtype,
+                kernels=Kernels.of(config, self.device),
+                flag=flag_of(config, ref),
             )
             self._loaded = ref, model
         return self._loaded[1]

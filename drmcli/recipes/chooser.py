@@ -8,6 +8,7 @@ from drmcli.config import Sample
 from drmcli.errors import InputError
 from drmcli.fingerprints import of_parts
 from drmcli.generator import Generator
+from drmcli.kernels import Kernels
 from drmcli.scorers import load_scorer, parse_term
 from drmcli.scorers.combine import Term
 from drmcli.scorers.drm import RewardScorer
@@ -19,7 +20,7 @@ def load_scorers(config: Sample, device: torch.device, dtype: torch.dtype, gener
     for text in [] if config.reward == "none" else [config.reward, *config.add_rewards]:
         ref, weight = parse_term(text)
         scorer = load_scorer(
-            ref, device=device, dtype=dtype, flag="--reward", attention=config.attention, beside=generator
+            ref, device=device, dtype=dtype, flag="--reward", kernels=Kernels.of(config, device), beside=generator
         )
         if isinstance(scorer, RewardScorer):
             scorer.check_latents(generator, "--reward")

@@ -29,6 +29,7 @@ from drmcli.errors import InputError
 from drmcli.files import guarded
 from drmcli.fitting import Batch
 from drmcli.generator import DTYPES, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.recipes import sample
 from drmcli.recipes.generated import Part, lora_folder
 from drmcli.run import SILENT, Interruptions, Reporter, Run, open_run, seed_of
@@ -38,7 +39,7 @@ from drmcli.sheets import Block, Tile, note_of, sheet
 SHAPES = 200
 """Captions of the embedded world that are drawn where no number is given."""
 SHEET_ROWS, SHEET_COLUMNS = 16, 8
-SHARED = ("seed", "device", "dtype", "attention", "resolution", "generator", "revision", "max_sequence_length", "text_encoder_3",
+SHARED = ("seed", "device", "dtype", "attention", "compile", "resolution", "generator", "revision", "max_sequence_length", "text_encoder_3",
           "num_images", "steps", "step_rule", "noise_level", "guidance_scale", "batch_size")  # fmt: skip
 """What the drawing takes over."""
 
@@ -52,7 +53,7 @@ def run(config: DataMake, reporter: Reporter = SILENT) -> dict[str, Any]:
             return folder.finished
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        scorers = [load_scorer(ref, device=device, dtype=dtype, flag="--label", attention=config.attention,
+        scorers = [load_scorer(ref, device=device, dtype=dtype, flag="--label", kernels=Kernels.of(config, device),
                                sigma=config.sigma, seed=config.seed) for ref, _ in terms]  # fmt: skip
         for scorer in scorers:  # before minutes are spent on pictures that it cannot judge
             scorer.check_prompts(prompts)

@@ -30,6 +30,7 @@ from drmcli.data.prompts import holds_prompts_only, read_prompts
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import DTYPES, Generator, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.measure.detect import check_labels, load_detector
 from drmcli.measure.geneval import TASKS, Item, evaluate, read_item, read_metadata, summarize
 from drmcli.measure.intervals import mean_ci, paired_ci
@@ -102,6 +103,7 @@ def draw(config: Bench, folder: Run, prompts: list[str], title: str, lora: str |
         "device",
         "dtype",
         "attention",
+        "compile",
         "resolution",
         "generator",
         "revision",
@@ -186,7 +188,7 @@ def score_pictures(
 ) -> np.ndarray:
     """One score a picture, by a reward model (at the first sigma asked for) or a scorer."""
     scorer = load_scorer(
-        ref, device=device, dtype=dtype, attention=config.attention, sigma=config.sigmas[0],
+        ref, device=device, dtype=dtype, kernels=Kernels.of(config, device), sigma=config.sigmas[0],
         noise_samples=config.noise_samples, seed=config.seed,
     )  # fmt: skip
     batch = Batch(config.batch_size, flag="--batch-size", hint=SMALLER)

@@ -29,6 +29,7 @@ from drmcli.fingerprints import of_parts
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.hub import explained
+from drmcli.kernels import Kernels
 from drmcli.noise import score_clean
 from drmcli.parts import denoiser_config, quiet_libraries, read_index
 from drmcli.reward import RewardModel
@@ -59,7 +60,7 @@ class LazyGenerator:
             dtype=pick_dtype(config.dtype, device),
             text_encoder_3=config.text_encoder_3,
             max_sequence_length=config.max_sequence_length,
-            attention=config.attention,
+            kernels=Kernels.of(config, device),
             vae_tiling=config.vae_tiling,
         )
 

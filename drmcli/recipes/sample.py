@@ -28,6 +28,7 @@ from drmcli.expected import expected_calls
 from drmcli.families.base import check_negative
 from drmcli.files import read_object
 from drmcli.generator import DTYPES, Generator, PromptEmbeds, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.recipes import methods
 from drmcli.recipes.chooser import load_scorers, share_blocks
 from drmcli.recipes.plan import Known, describe_generator
@@ -171,7 +172,7 @@ class Studio:
             dtype=dtype,
             text_encoder_3=config.text_encoder_3,
             max_sequence_length=config.max_sequence_length,
-            attention=config.attention,
+            kernels=Kernels.of(config, device),
             vae_tiling=config.vae_tiling,
         )
         if config.true_cfg_scale > 1:

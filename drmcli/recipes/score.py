@@ -19,6 +19,7 @@ from drmcli.data.text import cut, short
 from drmcli.errors import InputError
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import DTYPES, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.noise import score_clean
 from drmcli.run import SILENT, Reporter, Run, open_run
 from drmcli.scorers import Scorer, load_scorer
@@ -41,7 +42,12 @@ def run(config: Score, reporter: Reporter = SILENT) -> dict[str, Any]:
         }
         saved = {i: read_latents(config.images[i]) for i in range(len(config.images)) if i not in loaded}
         scorer = load_scorer(
-            config.reward, device=device, dtype=dtype, flag="--reward", attention=config.attention, seed=config.seed
+            config.reward,
+            device=device,
+            dtype=dtype,
+            flag="--reward",
+            kernels=Kernels.of(config, device),
+            seed=config.seed,
         )
         if isinstance(scorer, RewardScorer):
             rows = by_noise_level(scorer, loaded, saved, prompts, config, folder)

@@ -13,6 +13,7 @@ from torch import Tensor
 from drmcli.config.serving import Serve
 from drmcli.errors import InputError, Interrupted
 from drmcli.generator import pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.run import Reporter
 from drmcli.scorers import load_scorer
 from drmcli.scorers.drm import RewardScorer
@@ -62,7 +63,7 @@ def serve_one(name: str, ref: str, flag: str, config: Serve, device: torch.devic
     from drmcli.service.scoring import Served
 
     scorer = load_scorer(
-        ref, device=device, dtype=dtype, flag=flag, attention=config.attention, sigma=config.sigma,
+        ref, device=device, dtype=dtype, flag=flag, kernels=Kernels.of(config, device), sigma=config.sigma,
         noise_samples=config.noise_samples, seed=config.seed,
     )  # fmt: skip
     if not isinstance(scorer, RewardScorer):

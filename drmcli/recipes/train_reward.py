@@ -23,12 +23,12 @@ from drmcli.data.preferences import Preferences
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError
 from drmcli.generator import pick_dtype
+from drmcli.kernels import Kernels, check_trainable
 from drmcli.measure.protocols import Accuracy, Pairs, accuracy
 from drmcli.memory import store_frozen_in
-from drmcli.parts import use_attention
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoints
-from drmcli.recipes.initial import make_model
+from drmcli.recipes.initial import learns, make_model
 from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.pairs import (
@@ -64,11 +64,14 @@ def run(config: TrainReward, reporter: Reporter = SILENT) -> dict[str, Any]:
                 "--no-cache: several processes share what they encode", hint="name a folder with --cache-dir"
             )
         frozen = pick_dtype(config.dtype, accelerator.device)
+        kernels = Kernels.of(config, accelerator.device)
+        if learns(config) != "frozen":
+            check_trainable(config.attention)
         model = make_model(
             config, frozen
         )  # first: encoding takes long, and a model that does not fit should be said before
         sets, ratios, held_out = encoded_data(config, accelerator, folder)
-        use_attention(model.transformer, config.attention)
+        kernels.use(model.transformer, model.family)
         store_frozen_in(model, frozen)
         training = Training(config, accelerator, folder, held_out)
         learner = Learner(config, accelerator, model, training.resume())

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from drmcli.kernels import Kernels
+
 
 class Scorer(Protocol):
     """Judges finished pictures."""
@@ -181,7 +183,7 @@ def load_scorer(
     device: torch.device,
     dtype: torch.dtype,
     flag: str = "--scorer",
-    attention: str = "sdpa",
+    kernels: Kernels | None = None,
     sigma: float | None = None,
     noise_samples: int = 4,
     seed: int = 0,
@@ -190,15 +192,16 @@ def load_scorer(
     """A scorer by whatever names it; see `read_reference`. A reward model comes as a `StateScorer`.
 
     sigma, noise_samples, seed: how a reward model judges finished pictures (sigma None: where it does best); others have no such
-    choice. beside: a loaded `Generator`, whose weights a reward model on the same base uses too. Raises what `read_reference` does,
-    InputError for weights of another kind, MissingError for weights that are not there.
+    choice. kernels: how a reward model's blocks are computed. beside: a loaded `Generator`, whose weights a reward model on the same
+    base uses too. Raises what `read_reference` does, InputError for weights of another kind, MissingError for weights that are not there.
     """
     ref = read_reference(text, flag)
     if ref.kind == "model" or (ref.kind == "named" and TABLE[ref.name].states):
+        from drmcli.kernels import PLAIN
         from drmcli.scorers.drm import RewardScorer
 
         return RewardScorer.load(
-            text, device=device, dtype=dtype, flag=flag, attention=attention, sigma=sigma, noise_samples=noise_samples,
+            text, device=device, dtype=dtype, flag=flag, kernels=kernels or PLAIN, sigma=sigma, noise_samples=noise_samples,
             seed=seed, beside=beside,
         )  # fmt: skip
     if ref.kind == "server":

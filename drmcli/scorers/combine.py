@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drmcli.flow import renoise
 from drmcli.generator import Generator, PromptEmbeds
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.reward import RewardModel
 from drmcli.scorers import Scorer, StateScorer, load_scorer
 from drmcli.scorers.drm import RewardScorer
@@ -117,7 +118,7 @@ class Rewards:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        attention: str = "sdpa",
+        kernels: Kernels = PLAIN,
         draws: int = 1,
         spread_penalty: float = 0.0,
         ceiling: float | None = None,
@@ -125,7 +126,7 @@ class Rewards:
         beside: Generator | None = None,
     ):
         self.draws, self.spread_penalty, self.ceiling = draws, spread_penalty, ceiling
-        options = {"device": device, "dtype": dtype, "attention": attention, "beside": beside}
+        options = {"device": device, "dtype": dtype, "kernels": kernels, "beside": beside}
         self.terms = [
             Term(load_scorer(ref, flag="--add-reward" if i else "--reward", **options), weight)  # type: ignore[arg-type]
             for i, (ref, weight) in enumerate(refs)

@@ -29,6 +29,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Conditioning, listening
 from drmcli.generator import Generator
 from drmcli.hub import explained
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.parts import denoiser_config, quiet_libraries, read_index, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source, read
@@ -207,7 +208,7 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    kernels: Kernels = PLAIN,
     beside: Generator | None = None,
     flag: str = "--reward",
 ) -> DiNaLRM:
@@ -240,7 +241,7 @@ def load(
         if settings["use_lora"]:
             model.load_lora(folder / LORA, name)
     model.transformer.to(dtype)  # the adapter
-    return model.ready(attention, device)
+    return model.ready(kernels, device)
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

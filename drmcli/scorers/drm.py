@@ -17,6 +17,7 @@ from torch import Tensor
 from drmcli.config import package_path
 from drmcli.encoders import share
 from drmcli.generator import Generator, PromptEmbeds
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.reward import RewardModel
 from drmcli.scorers import dina, lrm
 from drmcli.scorers.weights import Source
@@ -64,7 +65,7 @@ class RewardScorer:
         device: torch.device,
         dtype: torch.dtype,
         flag: str = "--reward",
-        attention: str = "sdpa",
+        kernels: Kernels = PLAIN,
         sigma: float | None = None,
         noise_samples: int = 4,
         seed: int = 0,
@@ -77,11 +78,11 @@ class RewardScorer:
         found = published(ref, flag)
         if found is None:
             model = RewardModel.from_pretrained(
-                ref, device=device, dtype=dtype, attention=attention, beside=beside, flag=flag
+                ref, device=device, dtype=dtype, kernels=kernels, beside=beside, flag=flag
             )
         else:
             kind, folder = found
-            model = kind.load(folder, ref, device=device, dtype=dtype, attention=attention, beside=beside, flag=flag)
+            model = kind.load(folder, ref, device=device, dtype=dtype, kernels=kernels, beside=beside, flag=flag)
         return cls(ref, model, model.picture_sigma if sigma is None else sigma, noise_samples, seed)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -32,6 +32,7 @@ from drmcli.fingerprints import of_folder
 from drmcli.fitting import Room
 from drmcli.generator import Generator
 from drmcli.hub import explained
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.parts import denoiser_config, load_part, quiet_libraries, read_index, with_denoiser
 from drmcli.reward import RewardConfig, RewardModel
 from drmcli.scorers.weights import Source
@@ -245,7 +246,7 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    kernels: Kernels = PLAIN,
     beside: Generator | None = None,
     flag: str = "--reward",
 ) -> LRM:
@@ -269,7 +270,7 @@ def load(
             lambda unet: LRM(config, unet, projections), FAMILY, str(folder), revision=None, dtype=dtype, device=device
         )  # fmt: skip
         model.load_texts(folder, base, own_vae, large, projections, where, dtype, device)
-    return model.ready(attention, device)
+    return model.ready(kernels, device)
 
 
 def read_projections(file: Path, where: str) -> dict[str, Tensor]:

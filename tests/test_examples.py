@@ -144,6 +144,35 @@ def test_every_ratio_of_the_overhead_is_printed(tmp_path: Path, capsys: pytest.C
     assert len(ratios) == 4 and all(0 < ratio < 100 for ratio in ratios), ratios
 
 
+def test_the_study_of_full_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All four parts on a transformer of two narrow blocks: passes are counted, memory is about what was planned, tables are kept."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    import random_pipeline
+
+    parts = random_pipeline.published(random_pipeline.MODEL)
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "projection_dim": 32}
+    smaller = {
+        "transformer": {"num_attention_heads": 2, "pos_embed_max_size": 16, "caption_projection_dim": 128, "joint_attention_dim": 96,
+                        "pooled_projection_dim": 64},
+        "text_encoder": narrow, "text_encoder_2": narrow, "vae": {"block_out_channels": [32, 32, 32, 32]},
+    }  # fmt: skip
+    monkeypatch.setattr(random_pipeline, "published", lambda ref: {n: p | smaller.get(n, {}) for n, p in parts.items()})
+    args = ["--full-size", "--depth", 2, "--resolution", 64, "--out", tmp_path / "out"]
+    run("studies/overhead.py", *args, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    assert "CPU, reduced: 2 of 24 blocks, 64 px" in shown and "measured / counted" in shown
+    found = json.loads((tmp_path / "out" / "full-size.json").read_text())
+    # 4 steps with guidance are 8 passes; k candidates at three of them and the end are scored.
+    passes = [(row["k"], row["generator_passes"], row["reward_passes"]) for row in found["sampling"]]
+    assert passes == [(1, 8, 1), (2, 8, 7), (4, 8, 13), (6, 8, 19)]
+    rows = pd.read_parquet(tmp_path / "out" / "full-size.parquet").set_index("what")
+    assert len(rows) == 8 and (rows["seconds"] > 0).all() and (rows["flops"] > 0).all()
+    for what in ("training step, 4 pairs", "encoding 2 pictures", "sampling, 4 steps, k = 6"):
+        assert rows.loc[what, "bytes"] == pytest.approx(rows.loc[what, "planned_bytes"], rel=0.35), what
+
+
 def test_configs_of_the_memory_plan(tmp_path: Path) -> None:
     """SD3.5-Medium: 2.24 billion parameters and a buffer of 0.23 billion positions, 2.5 in all; 2.0 in 21 of its 24 blocks."""
     from drmcli.config import resolve

@@ -1,6 +1,7 @@
 """What the tool costs beyond the model's own forward and backward passes, side by side in one run.
 
     python examples/studies/overhead.py
+    python examples/studies/overhead.py --full-size    # Stable Diffusion 3.5 Medium's shape: see full_size.py, and --full-size --help
 
 Ratios on the embedded model: `drm bench` on 1,000 pairs, and on a dataset of HPDv2's layout and size, against the bare passes of the
 same pictures (VAE, text encoders, reward model); a training step with a warm cache against the bare forward and backward of the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -229,7 +231,8 @@ def bare_update(aligner: Alignment, rollouts: Rollouts, cond: Conditioning) -> t
     return time.perf_counter() - started, of_rewards
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """All ratios of the embedded model."""
     with tempfile.TemporaryDirectory() as name:
         print(f"{torch.get_num_threads()} threads")
         step_ratio(Path(name))
@@ -238,3 +241,12 @@ if __name__ == "__main__":
         bench_ratio(Path(name), "hpdv2", repeats=1)
         sampling_ratio()
         update_ratio(Path(name))
+
+
+if __name__ == "__main__":
+    if "--full-size" in sys.argv[1:]:
+        import full_size  # of this folder
+
+        full_size.main([argument for argument in sys.argv[1:] if argument != "--full-size"])
+    else:
+        main()

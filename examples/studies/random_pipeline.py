@@ -55,9 +55,19 @@ def write_random(model: torch.nn.Module, folder: Path, name: str) -> None:
 
 
 def build(
-    folder: Path, blocks: int, t5_blocks: int, backbone: str, *, clip_blocks: int | None = None, dropped: int = DROPPED
+    folder: Path,
+    blocks: int,
+    t5_blocks: int,
+    backbone: str,
+    *,
+    clip_blocks: int | None = None,
+    dropped: int = DROPPED,
+    tokens: int = 256,
 ) -> None:
-    """base/, the pipeline, and reward/, a reward model on it. clip_blocks: of each CLIP, None for all; no T5 with 0 blocks of it."""
+    """base/, the pipeline, and reward/, a reward model on it. clip_blocks: of each CLIP, None for all; no T5 with 0 blocks of it.
+
+    tokens: of the T5 part of the reward model's prompts, T5 there or not.
+    """
     parts, base = published(MODEL), folder / "base"
     assert parts is not None
     dual = [i for i in range(13) if i < blocks]
@@ -93,6 +103,6 @@ def build(
     )
     (base / "model_index.json").write_text(json.dumps(index))
     model = RewardModel.from_generator(
-        str(base), backbone=backbone, drop_layers=dropped, dtype=torch.bfloat16, max_sequence_length=256
+        str(base), backbone=backbone, drop_layers=dropped, dtype=torch.bfloat16, max_sequence_length=tokens
     )
     model.save_pretrained(folder / "reward")

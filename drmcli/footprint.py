@@ -160,8 +160,13 @@ def vae_passes(
 
 def text_pass(model: Any, *, prompts: int, tokens: int) -> int:
     """Bytes of encoding so many prompts of so many tokens by a text encoder of transformers on the meta device, all its layers kept."""
+    with imagined(model):
+        return alive_in(lambda: read_ids(model, prompts, tokens))
+
+
+def read_ids(model: Any, prompts: int, tokens: int) -> Any:
+    """What a text encoder of transformers returns for prompts of one token repeated; CLIP reads its own number of them."""
     if model.config.model_type == "clip_text_model":
         tokens = int(model.config.max_position_embeddings)
-    with imagined(model):
-        ids = torch.zeros(prompts, tokens, dtype=torch.long)
-        return alive_in(lambda: model(input_ids=ids, output_hidden_states=True))
+    ids = torch.zeros(prompts, tokens, dtype=torch.long, device=model.device)
+    return model(input_ids=ids, output_hidden_states=True)

@@ -159,6 +159,16 @@ def fill(
             _assign(model, name, tensor)
 
 
+def fill_at_random(model: nn.Module, *, device: torch.device | str, dtype: Callable[[str], torch.dtype]) -> None:
+    """Give a model without weights normal ones of deviation 0.02, in a number format by name; what holds whole numbers, zeros."""
+    rng = torch.Generator(device).manual_seed(0)
+    for name, place in model.state_dict().items():
+        kind = dtype(name) if place.is_floating_point() else place.dtype
+        tensor = torch.zeros(place.shape, dtype=kind, device=device)
+        _assign(model, name, tensor.normal_(std=0.02, generator=rng) if place.is_floating_point() else tensor)
+    model.to(device)  # tables that the constructor computed
+
+
 def lend(whole: nn.Module, model: nn.Module) -> None:
     """Give a model without weights those of a whole one: the tensors themselves, so that there is one copy in memory.
 

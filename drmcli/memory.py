@@ -128,7 +128,7 @@ def plan_policy(
 ) -> MemoryPlan:
     """The plan for aligning a transformer on micro-batches of so many states; lora None is full fine-tuning.
 
-    guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `meta_component`.
+    guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `Known.parts`.
     """
     with torch.device("meta"):
         model: Any = family.denoiser_class.from_config(transformer)  # type: ignore[attr-defined]
@@ -212,22 +212,21 @@ def blank_states(
     return torch.randn(count, family.channels(config), *size), torch.rand(count), cond
 
 
-def meta_component(
-    where: str, index: dict[str, Any], name: str, dtype: torch.dtype, *, revision: str | None = None
-) -> Any:
-    """One of a pipeline's models on the meta device in `dtype`; None where the pipeline lacks it, or it is no model."""
+def component_maker(
+    where: str, index: dict[str, Any], name: str, *, revision: str | None = None
+) -> Callable[[], nn.Module] | None:
+    """What makes one of a pipeline's models from its config; None where the pipeline lacks it, or it is no model."""
     entry = index.get(name)
     if not isinstance(entry, list | tuple) or not entry[0]:  # a pipeline without T5 names it with nulls
         return None
     cls = getattr(import_module(entry[0]), entry[1])
     if not issubclass(cls, nn.Module):
         return None
-    with torch.device("meta"):
-        if hasattr(cls, "load_config"):
-            model = cls.from_config(cls.load_config(where, subfolder=name, revision=revision))
-        else:
-            model = cls(AutoConfig.from_pretrained(where, subfolder=name, revision=revision))
-        return cast(model, dtype)
+    if hasattr(cls, "load_config"):
+        settings = cls.load_config(where, subfolder=name, revision=revision)
+        return lambda: cls.from_config(settings)
+    config = AutoConfig.from_pretrained(where, subfolder=name, revision=revision)
+    return lambda: cls(config)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

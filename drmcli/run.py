@@ -46,7 +46,7 @@ __all__ = [
     "guarded", "latest_checkpoint", "open_run", "retire_checkpoints", "seal", "seed_of", "write_bytes", "write_text",
 ]  # fmt: skip
 
-FORGIVEN = {"out", "resume", "overwrite", "cache_dir", "no_cache", "fail_under"}
+FORGIVEN = {"out", "resume", "overwrite", "cache_dir", "no_cache", "fail_under", "timing"}
 """Config keys that may differ when a run goes on."""
 PACKAGES = ("drmcli", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub",
             "numpy", "pandas", "pyarrow", "pillow", "xformers")  # fmt: skip

@@ -23,7 +23,7 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
     console.print(config_yaml)
     console.print("plan (nothing was written)", style="bold")
     for key, value in values.items():
-        if key != "memory":
+        if key != "memory" and not (key == "hours" and isinstance(value, dict)):
             console.print(f"  {key}: {value}")
     memory = values.get("memory")
     if memory and "passes" in memory:
@@ -44,6 +44,19 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
         if "drawing" in memory:
             made.add_row("total while drawing, scoring and decoding", gib(memory["total_drawing"]), style="bold")
         console.print(made)
+    if isinstance(values.get("hours"), dict):
+        timetable(values["hours"])
+
+
+def timetable(found: dict[str, Any]) -> None:
+    """Hours by kind of work."""
+    made = table(f"\nhours, timed on {found['timed_on']}", "", "count", "seconds each", "hours")
+    for row in found["rows"]:
+        made.add_row(row["what"], f"{row['count']:,}", f"{row['seconds_each']:.3g}", f"{row['hours']:.3g}")
+    made.add_row("total", "", "", f"{found['total']:.3g}", style="bold")
+    stdout().print(made)
+    if "not_timed" in found:
+        stdout().print(f"not timed: {', '.join(found['not_timed'])}")
 
 
 def footprint(memory: dict[str, Any]) -> None:

@@ -20,13 +20,14 @@ from drmcli.config.schema import (
     SamplingSteps,
     Share,
     Sigma,
+    Timed,
     Width,
     strict,
 )
 
 
 @dataclass(config=strict, kw_only=True)
-class Grpo(Common, Drawing):
+class Grpo(Common, Timed, Drawing):
     """`drm grpo`."""
 
     reward: str = ""

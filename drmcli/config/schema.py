@@ -58,6 +58,14 @@ class Common:
 
 
 @dataclass(config=strict, kw_only=True)
+class Timed:
+    """The commands whose `--dry-run` tells hours."""
+
+    timing: Literal["auto", "on", "off"] = "auto"
+    """Hours in the plan of --dry-run: passes with random weights are timed; auto is where there is a GPU."""
+
+
+@dataclass(config=strict, kw_only=True)
 class Drawing:
     """The pipeline of the commands that need one."""
 
@@ -100,7 +108,7 @@ class Data:
 
 
 @dataclass(config=strict, kw_only=True)
-class TrainReward(Common, Drawing, Data):
+class TrainReward(Common, Timed, Drawing, Data):
     """`drm train-reward`."""
 
     data: list[str] = Field(default_factory=lambda: ["shapes"], min_length=1)
@@ -184,7 +192,7 @@ class TrainReward(Common, Drawing, Data):
 
 
 @dataclass(config=strict, kw_only=True)
-class Bench(Common, Drawing, Data):
+class Bench(Common, Timed, Drawing, Data):
     """`drm bench`."""
 
     reward: str = ""
@@ -232,7 +240,7 @@ class Bench(Common, Drawing, Data):
 
 
 @dataclass(config=strict, kw_only=True)
-class Score(Common):
+class Score(Common, Timed):
     """`drm score`."""
 
     reward: str = ""
@@ -251,7 +259,7 @@ class Score(Common):
 
 
 @dataclass(config=strict, kw_only=True)
-class Sample(Common, Drawing):
+class Sample(Common, Timed, Drawing):
     """`drm sample`."""
 
     reward: str = ""

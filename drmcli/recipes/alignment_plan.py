@@ -14,6 +14,7 @@ from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_policy
 from drmcli.recipes.alignment import check_config, lora_config, read_prompts, rollout_plan
 from drmcli.recipes.footprints import describe_reward, described_rewards, encoders, lent
+from drmcli.recipes.hours import of_grpo
 from drmcli.recipes.plan import Known, describe_generator
 from drmcli.rollout import trained
 
@@ -36,7 +37,11 @@ def plan(config: Grpo) -> dict[str, Any]:
         "rewards an update": rewards,
         "memory": memory_plan(config, known, device),
         "download": known.download,
-    }
+        **of_grpo(
+            config, known, lora_config(config, known.family) if config.train == "lora" else None, prompts,
+            {"velocities": velocities(config), "rewards": rewards, "states": states},
+        ),
+    }  # fmt: skip
 
 
 def work(config: Grpo) -> tuple[int, int, int]:
@@ -54,6 +59,32 @@ def work(config: Grpo) -> tuple[int, int, int]:
     if config.algorithm == "flow-grpo":
         return steps, steps * drawn, drawn
     return steps, steps * config.prompts_per_update, steps * drawn
+
+
+def velocities(config: Grpo) -> int:
+    """Velocities without a gradient of an update: while it draws, of clean latents that are scored or compared, and of other policies."""
+    _, states, rewards = work(config)
+    sigmas, drawn = schedule(config.steps), config.prompts_per_update * config.group_size
+    plan = rollout_plan(config)
+    steps = [i for i in range(config.steps) if trained(plan, sigmas, i)]
+    if config.algorithm == "direct":
+        low, high = config.window
+        stops = [i for i, sigma in enumerate(sigmas[:-1].tolist()) if low <= sigma <= high + 1e-6]
+        draft = config.direct_form == "draft"
+        first = config.steps - min(config.direct_steps, config.steps) if draft else sum(stops) // max(1, len(stops))
+        count = first * drawn
+    elif config.algorithm in ("step-grpo", "tempflow"):
+        count = config.steps * config.prompts_per_update
+        if config.algorithm == "tempflow":
+            count += drawn * sum(config.steps - 1 - i for i in steps)
+        elif config.diversity_bonus:
+            count += rewards
+    else:
+        count = config.steps * drawn
+    if config.score_at == "clean" and config.algorithm in ("step-grpo", "nft-step"):
+        count += rewards
+    others = (config.kl_beta > 0) + config.algorithm.startswith("nft")
+    return count + others * states * config.inner_epochs
 
 
 def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, Any]:

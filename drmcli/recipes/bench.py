@@ -313,6 +313,7 @@ def score_items(
 
 def plan(config: Bench) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    from drmcli.recipes import hours
     from drmcli.recipes.data_plan import benchmark_data
     from drmcli.recipes.footprints import of_bench
     from drmcli.recipes.plan import describe_generator
@@ -320,6 +321,7 @@ def plan(config: Bench) -> dict[str, Any]:
     if generated.wanted(config):
         return generated.plan(config)
     known = describe_generator(config)
+    facts = benchmark_data(config).facts(config, known, known.latent_side(config.resolution))
     return (
         {
             "dataset": config.dataset,
@@ -328,6 +330,7 @@ def plan(config: Bench) -> dict[str, Any]:
             "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
             "download": known.download,
         }
-        | benchmark_data(config).facts(config, known, known.latent_side(config.resolution))
+        | facts
         | of_bench(config)
+        | hours.of_bench(config, known, facts)
     )

@@ -399,4 +399,5 @@ def plan(config: Bench) -> dict[str, Any]:
         "prompts": count or "those of the folder",
         "pictures to draw": 0 if count is None else count * config.num_images * ways,
         "download": describe_generator(config).download,
+        **({} if config.timing == "off" else {"hours": "not timed; drm sample --dry-run times drawing"}),
     }

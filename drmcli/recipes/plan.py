@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, resources
@@ -20,7 +21,7 @@ from drmcli.errors import MissingError
 from drmcli.families import family_of
 from drmcli.families.base import Family, check_side, latent_shape
 from drmcli.hub import explained
-from drmcli.memory import meta_component
+from drmcli.memory import cast, component_maker
 from drmcli.parts import denoiser_config, quiet_libraries, read_index
 
 CLIP_TOKENS = 77
@@ -55,17 +56,23 @@ class Known:
         check_side("--resolution", side, self.vae_factor * self.family.patch(self.transformer))
         return side // self.vae_factor
 
-    def parts(self, dtype: torch.dtype, names: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """The pipeline's models beside the denoiser (or those of `names`) on the meta device, by name."""
+    def makers(self, names: tuple[str, ...] | None = None) -> dict[str, Callable[[], Any]]:
+        """What makes the pipeline's models beside the denoiser (or those of `names`) from their configs, by name."""
         with explained(self.ref, "--generator"), quiet_libraries():
             index = read_index(self.where, self.revision)
             wanted = [name for name in index if name != self.family.denoiser and name not in self.family.optional]
             made = {
-                name: meta_component(self.where, index, name, dtype, revision=self.revision)
+                name: component_maker(self.where, index, name, revision=self.revision)
                 for name in wanted
                 if names is None or name in names
             }
-            return {name: part for name, part in made.items() if part is not None}
+            return {name: make for name, make in made.items() if make is not None}
+
+    def parts(self, dtype: torch.dtype, names: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """These models on the meta device."""
+        makers = self.makers(names)
+        with quiet_libraries(), torch.device("meta"):
+            return {name: cast(make(), dtype) for name, make in makers.items()}
 
     def beside(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of the pipeline's other models, by name."""

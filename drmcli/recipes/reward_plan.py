@@ -10,6 +10,7 @@ from drmcli.data.batches import check_sizes, micro_batches
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_training
 from drmcli.recipes.data_plan import training_data
+from drmcli.recipes.hours import of_train_reward
 from drmcli.recipes.initial import learns
 from drmcli.recipes.pairs import MADE, parse_ratio
 from drmcli.recipes.plan import describe_generator
@@ -52,6 +53,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
         ema=config.ema_decay > 0,
         device_type=device.type,
     )
+    facts = training_data(config).facts(config, known, side)
     return {
         "steps": config.steps,
         "pairs a step": config.batch_size,
@@ -65,4 +67,6 @@ def plan(config: TrainReward) -> dict[str, Any]:
             "total_checkpointed": memory.total(checkpointed=True, cuda=device.type == "cuda"),
         },
         "download": known.download,
-    } | training_data(config).facts(config, known, side)
+        **facts,
+        **of_train_reward(config, known, settings, facts, pictures_in(config, pairs)),
+    }

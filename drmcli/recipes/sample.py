@@ -395,6 +395,7 @@ def _number(value: float) -> float | None:
 def plan(config: Sample) -> dict[str, Any]:
     """What `--dry-run` prints."""
     from drmcli.flow import schedule
+    from drmcli.recipes import hours
     from drmcli.recipes.footprints import of_sample
 
     decided: list[str] = []
@@ -407,14 +408,17 @@ def plan(config: Sample) -> dict[str, Any]:
     guided = known.family.guides(known.transformer, config.guidance_scale)
     search = methods.search_of(config)
     calls = expected_calls(search, schedule(config.steps), trace=config.trace, guided=guided)
+    pictures, size = len(prompts) * config.num_images, latent_shape(config, known)[1:]
     return {
-        "pictures": len(prompts) * config.num_images,
+        "pictures": pictures,
         "mode": config.mode,
         **({"decided": decided} if decided else {}),
         "generator calls a picture, about": calls.generator,
         "scores a picture, about": 0 if config.reward == "none" else calls.reward,
         "download": known.download,
-    } | of_sample(config, known, search, len(prompts) * config.num_images, latent_shape(config, known)[1:])
+        **of_sample(config, known, search, pictures, size),
+        **hours.of_sample(config, known, search, pictures, size),
+    }
 
 
 def picture_text(path: Path) -> dict[str, str]:

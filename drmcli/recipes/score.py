@@ -182,6 +182,7 @@ def read_latents(name: str) -> tuple[Tensor, float | None]:
 
 def plan(config: Score) -> dict[str, Any]:
     """What `--dry-run` prints."""
+    from drmcli.recipes import hours
     from drmcli.recipes.footprints import of_score
 
     prompts = matched_prompts(config)
@@ -190,9 +191,13 @@ def plan(config: Score) -> dict[str, Any]:
             read_latents(name)
         else:
             load_image(FileImage(name, Path(name)), upright=True)
-    return {
-        "images": len(config.images),
-        "prompts": len(set(prompts)),
-        "sigmas": config.sigmas,
-        "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
-    } | of_score(config)
+    return (
+        {
+            "images": len(config.images),
+            "prompts": len(set(prompts)),
+            "sigmas": config.sigmas,
+            "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
+        }
+        | of_score(config)
+        | hours.of_score(config)
+    )

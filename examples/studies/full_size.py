@@ -39,16 +39,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from drmcli.config import resolve
-from drmcli.data.batches import Batch, micro_batches
+from drmcli.data.batches import micro_batches
 from drmcli.families.base import Conditioning
 from drmcli.footprint import PeakBytes
 from drmcli.generator import DTYPES, Generator
-from drmcli.memory import blank_states, store_frozen_in
+from drmcli.memory import store_frozen_in
 from drmcli.recipes import grpo, score, train_reward
 from drmcli.recipes import sample as sampling
 from drmcli.recipes.alignment import assemble
 from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.learner import Learner, Window
+from drmcli.recipes.plan import describe_generator
+from drmcli.recipes.timing import made_up_batch
 from drmcli.reward import RewardModel
 from drmcli.run import Silent, open_run
 from drmcli.sampling import Search, sample
@@ -218,22 +220,12 @@ def train(size: Size, repeats: int) -> None:
     store_frozen_in(model, DTYPES[config.dtype])
     learner = Learner(config, start_accelerator(config, rounds=rounds), model, None)
     pictures = train_reward.pictures_in(config, pairs)
-    micro = [made_up(model, size, pictures, pairs, 1 / config.batch_size) for _ in range(rounds)]
+    known = describe_generator(config)
+    micro = [made_up_batch(config, known, pictures, pairs, known.latent_side(size.resolution)) for _ in range(rounds)]
     found = measured(lambda: learner.learn(micro, Window()), [model], size.device, repeats)
     memory = train_reward.plan(config)["memory"]
     planned = memory["total_checkpointed" if config.gradient_checkpointing else "total"]
     size.add(f"training step, {config.batch_size} pairs", "pairs", config.batch_size, found, planned)
-
-
-def made_up(model: RewardModel, size: Size, pictures: int, pairs: int, weight: float) -> Batch:
-    """A micro-batch of noise."""
-    side, config = size.resolution // 8, model.config.transformer
-    latents, sigma, cond = blank_states(model.family, config, pictures, (side, side), 77 + size.tokens)
-    first = torch.arange(pairs) % pictures
-    return Batch(
-        latents=latents, noise=torch.randn_like(latents), sigma=sigma, cond=cond, prompt=torch.arange(pictures), chosen=first,
-        rejected=(first + 1) % pictures, label=torch.ones(pairs), weight=torch.full((pairs,), weight),
-    )  # fmt: skip
 
 
 def scoring(size: Size, repeats: int) -> None:

@@ -169,7 +169,7 @@ def test_using_is_timed(tmp_path: Path, steady: None, reward_folder: Path) -> No
 def test_random_weights_have_a_number_format_and_finite_passes() -> None:
     """What learns is in float32, what does not is not; nothing is left without a value."""
     known = describe_generator(resolve("train-reward"))
-    model = timing.random_denoiser(known, torch.bfloat16, torch.device("cpu"), "sdpa")
+    model = timing.random_denoiser(known, torch.bfloat16, torch.device("cpu"))
     assert all(p.dtype == torch.bfloat16 and not p.is_meta and bool(p.isfinite().all()) for p in model.parameters())
     state = blank_states(known.family, known.transformer, 2, (4, 4), known.prompt_tokens)
     with torch.no_grad():

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from drmcli.config import Bench, Grpo, Sample, Score, TrainReward
+from drmcli.expected import expected_calls
 from drmcli.flow import schedule
 from drmcli.recipes.footprints import describe_reward, described_rewards, widest
 from drmcli.recipes.plan import Known, describe
 from drmcli.recipes.timing import Row, decoding, drawing, encoding, hours, learning, scoring, training_step
 from drmcli.reward_config import RewardConfig
-from drmcli.sampling import Search, expected_calls
+from drmcli.sampling import Search
 
 
 def passes(sigmas: list[float], noise_samples: int) -> int:

@@ -24,9 +24,9 @@ from drmcli.families.base import Family
 from drmcli.fitting import at_once, tile
 from drmcli.footprint import read_ids
 from drmcli.generator import pick_device, pick_dtype
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import fill_at_random, skeleton, weightless
 from drmcli.memory import blank_states
-from drmcli.parts import use_attention
 from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.plan import Known
@@ -113,22 +113,24 @@ def _settle(device: torch.device) -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def random_reward(settings: RewardConfig, dtype: torch.dtype, device: torch.device, attention: str) -> RewardModel:
+def random_reward(
+    settings: RewardConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels = PLAIN
+) -> RewardModel:
     """A reward model with random weights, what learns of it switched on and in float32; dtype: of the others."""
     model = skeleton(lambda: RewardModel.from_config(settings))
     with weightless():
         model.set_trainable()
     learns = {name for name, p in model.named_parameters() if p.requires_grad or name.startswith("head.")}
     fill_at_random(model, device=device, dtype=lambda name: torch.float32 if name in learns else dtype)
-    use_attention(model.transformer, attention)
+    kernels.use(model.transformer, model.family)
     return model
 
 
-def random_denoiser(known: Known, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+def random_denoiser(known: Known, dtype: torch.dtype, device: torch.device, kernels: Kernels = PLAIN) -> Any:
     """A generator's denoiser with random weights."""
     kind: Any = known.family.denoiser_class
     model = random_model(lambda: kind.from_config(known.transformer), dtype, device)
-    use_attention(model, attention)
+    kernels.use(model, known.family)
     return model
 
 
@@ -199,7 +201,9 @@ def decoding(config: Any, known: Known, size: tuple[int, int], count: int) -> fl
 def scoring(config: Any, known: Known, settings: RewardConfig, count: int, size: tuple[int, int]) -> float:
     """Seconds a latent in a reward model's forward pass, so many at once."""
     device = pick_device(config.device)
-    model = random_reward(settings, pick_dtype(config.dtype, device), device, config.attention).requires_grad_(False)
+    model = random_reward(
+        settings, pick_dtype(config.dtype, device), device, Kernels.of(config, device)
+    ).requires_grad_(False)
     latents, sigma, cond = states(known, count, size, device)
     with torch.no_grad():
         return seconds(lambda: model.score(latents, sigma, cond), device) / count
@@ -208,7 +212,7 @@ def scoring(config: Any, known: Known, settings: RewardConfig, count: int, size:
 def drawing(config: Any, known: Known, count: int, size: tuple[int, int]) -> float:
     """Seconds of one latent in one forward pass of the denoiser, so many of them at once."""
     device = pick_device(config.device)
-    model = random_denoiser(known, pick_dtype(config.dtype, device), device, config.attention)
+    model = random_denoiser(known, pick_dtype(config.dtype, device), device, Kernels.of(config, device))
     state = states(known, count, size, device)
     with torch.no_grad():
         return seconds(lambda: velocity(known.family, model, state), device) / count
@@ -219,7 +223,7 @@ def training_step(config: TrainReward, known: Known, settings: RewardConfig, pic
     device = pick_device(config.device)
     rounds, pairs = micro_batches(config, 1)
     stored = torch.float32 if settings.backbone == "full" else pick_dtype(config.dtype, device)
-    model = random_reward(settings, stored, device, config.attention)
+    model = random_reward(settings, stored, device, Kernels.of(config, device))
     some = min(rounds, ROUNDS)
     accelerator = start_accelerator(replace(config, track=[]), rounds=some)
     learner = Learner(replace(config, shard=False), accelerator, model, None)
@@ -245,7 +249,7 @@ def learning(config: Grpo, known: Known, lora: Any, side: int) -> tuple[float, f
     """
     device = pick_device(config.device)
     mixed, family = pick_dtype(config.dtype, device), known.family
-    model = random_denoiser(known, mixed, device, config.attention)
+    model = random_denoiser(known, mixed, device, Kernels.of(config, device))
     model.requires_grad_(lora is None)
     if lora is not None:
         model.add_adapter(lora)

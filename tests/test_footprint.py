@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,10 @@ from drmcli.families import family_named
 from drmcli.footprint import alive_in, bytes_of
 from drmcli.generator import Generator
 from drmcli.recipes import bench, data_plan, grpo, sample, score, train_reward
+from drmcli.recipes.footprints import own_encoders
 from drmcli.recipes.plan import describe, published_configs
 from drmcli.reward import RewardModel
+from drmcli.reward_config import RewardConfig
 
 CAPTION = "a large red circle above a small blue square"
 
@@ -100,6 +103,43 @@ def test_the_plan_of_a_search_is_what_it_uses(reward_folder: Path, generator_fol
     for name, size in used.items():
         assert memory["passes"][name] == pytest.approx(size, rel=0.15), name
     assert memory["models"]["transformer"] == bytes_of(generator.transformer)
+
+
+def test_encoders_that_are_there_are_counted_once(reward_folder: Path, generator_folder: Path, tmp_path: Path) -> None:
+    """What is there decides: not whether T5 is asked for of a pipeline that has none, nor what folders are called."""
+    copy = shutil.copytree(generator_folder, tmp_path / "copy")
+    other = shutil.copytree(generator_folder, tmp_path / "other")
+    (other / "text_encoder" / "model.safetensors").unlink()
+    (other / "text_encoder" / "model.safetensors").write_bytes(b"of another training")
+    made = Generator.load(str(generator_folder))
+    encoder = bytes_of(made.pipe.text_encoder)
+    length = resolve("sample").max_sequence_length
+    for name, asked, own in (
+        ("t5", {"text_encoder_3": False}, 0),
+        ("copy", {"generator": str(copy), "revision": None}, 0),
+        ("other", {"generator": str(other), "revision": None}, encoder),
+        ("length", {"max_sequence_length": length + 1}, 0),  # other embeddings of the same weights
+    ):
+        flags = asked | {"reward": str(reward_folder)}
+        drawn = sample.plan(resolve("sample", flags=flags | {"prompts": [CAPTION]}))["memory"]["models"]
+        aligned = grpo.plan(resolve("grpo", flags=flags))["memory"]["beside"]
+        for models in (drawn, aligned):
+            assert sum(size for part, size in models.items() if part.startswith("reward model: ")) == own, name
+
+
+def test_a_reward_model_with_t5_brings_it(tmp_path: Path) -> None:
+    """The preset of Stable Diffusion 3.5 Medium trains with T5 and aligns without: then it is loaded for the reward model."""
+    published = published_configs("stabilityai/stable-diffusion-3.5-medium")
+    assert published is not None
+    known, sizes = describe(published, None, 256), {}
+    for t5 in (False, True):
+        settings = RewardConfig(base_model=published, transformer=known.transformer, backbone="lora", text_encoder_3=t5)
+        for mine in (False, True):
+            config = resolve("grpo", flags={"generator": published, "text_encoder_3": mine})
+            sizes[t5, mine] = own_encoders(settings, config, known, torch.bfloat16)
+    assert sizes[True, True] == sizes[False, False] == sizes[False, True] == {}
+    assert sizes[True, False].keys() == {"text_encoder_3"}
+    assert sizes[True, False]["text_encoder_3"] == pytest.approx(2 * 4.762e9, rel=0.003)
 
 
 def test_the_plan_of_a_benchmark_lets_go_of_the_vae(reward_folder: Path) -> None:

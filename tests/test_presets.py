@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from drmcli.config import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +36,32 @@ def sizes(preset: str) -> dict[str, float]:
 def test_the_guide_has_every_preset_as_it_is(study: dict[str, Any]) -> None:
     assert list(table()) == study["sized"]()
     for preset, cells in table().items():
-        assert cells[:6] == study["settings"](preset), preset
-        assert cells[6] == study["smallest"]([1e9 * size for size in sizes(preset).values()]), preset
+        assert cells[:7] == study["settings"](preset), preset
+        assert cells[7] == study["smallest"]([1e9 * size for size in sizes(preset).values()]), preset
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("train-reward", "micro_batch_size"), ("train-reward", "gradient_checkpointing"), ("train-reward", "encode_batch_size"),
+        ("bench", "encode_batch_size"), ("bench", "batch_size"), ("sample", "batch_size"), ("sample", "max_batch"),
+        ("grpo", "micro_batch_size"), ("grpo", "gradient_checkpointing"), ("grpo", "max_batch"),
+    ],
+)  # fmt: skip
+def test_another_size_is_noticed(
+    study: dict[str, Any], command: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the gigabytes depend on and a preset sets stands beside them: a preset that changes it alone differs from the guide."""
+
+    def changed(name: str, preset: str) -> Any:
+        config = resolve(name, preset=preset)
+        if name != command:
+            return config
+        value = getattr(config, key)
+        return replace(config, **{key: not value if isinstance(value, bool) else value + 1})
+
+    monkeypatch.setitem(study["settings"].__globals__, "resolve", changed)
+    assert table()["sd35-medium"][:7] != study["settings"]("sd35-medium")
 
 
 def test_every_preset_fits_the_gpu_that_it_is_named_after(study: dict[str, Any]) -> None:

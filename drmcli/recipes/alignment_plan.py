@@ -13,7 +13,7 @@ from drmcli.footprint import generator_pass, reward_pass
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_policy
 from drmcli.recipes.alignment import check_config, lora_config, read_prompts, rollout_plan
-from drmcli.recipes.footprints import describe_reward, described_rewards, encoders, lent
+from drmcli.recipes.footprints import describe_reward, described_rewards, encoders, lent, own_encoders
 from drmcli.recipes.hours import of_grpo
 from drmcli.recipes.plan import Known, describe_generator
 from drmcli.rollout import trained
@@ -119,6 +119,7 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
             reward, count=count, tokens=known.prompt_tokens, lent=config.train == "lora" and lent(reward, config, known), **shared
         )  # fmt: skip
         drawing["score"] = max(drawing.get("score", 0), one)
+        beside |= {f"{name}: {part}": size for part, size in own_encoders(reward, config, known, mixed).items()}
     if config.train == "full" and config.kl_beta:
         beside["reference policy"] = policy.parameters * mixed.itemsize
     cuda = device.type == "cuda"

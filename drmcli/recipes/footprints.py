@@ -80,7 +80,7 @@ def of_scoring(
     reward: RewardConfig, dtype: torch.dtype, *, resolution: int | None, prompts: int, encode: int, score: int
 ) -> Footprint:
     """A reward model with the encoders of its base, for so many prompts and pictures at once."""
-    known = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
+    known = base_of(reward)
     side = known.latent_side(resolution or reward.resolution)
     made = encoders(known, dtype, prompts=prompts, encode=encode, decode=0, size=(side, side), t5=reward.text_encoder_3)
     weights, one = reward_pass(reward, count=score, size=(side, side), tokens=known.prompt_tokens, dtype=dtype)
@@ -141,17 +141,12 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
     models, passes = {known.family.denoiser: weights} | made.models, {"velocity": one} | made.passes
     rewards, others = described_rewards(config, needed=False)
     for name, reward in rewards.items():
-        base = describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
         models[name], one = reward_pass(
-            reward, count=min(config.max_batch, together * scored), tokens=base.prompt_tokens,
+            reward, count=min(config.max_batch, together * scored), tokens=base_of(reward).prompt_tokens,
             lent=lent(reward, config, known), **shared,
         )  # fmt: skip
         passes["score"] = max(passes.get("score", 0), one)
-        if not same_encoders(known, base, config.text_encoder_3, reward.text_encoder_3):
-            own = {
-                n: bytes_of(p) for n, p in base.parts(dtype).items() if reward.text_encoder_3 or n != "text_encoder_3"
-            }
-            models |= {f"{name}: {n}": size for n, size in own.items()}
+        models |= {f"{name}: {part}": size for part, size in own_encoders(reward, config, known, dtype).items()}
     return {"memory": Footprint(models, passes).to_dict(cuda=device.type == "cuda")} | _without(*others)
 
 
@@ -161,13 +156,25 @@ def lent(reward: RewardConfig, config: Grpo | Sample, known: Known) -> bool:
     return reward.backbone != "full" and same_part(base, own, known.family.denoiser)
 
 
-def same_encoders(known: Known, base: Known, t5: bool, reward_t5: bool) -> bool:
-    """Can a reward model be asked through the generator's own encoders, as far as names tell?"""
-    return (
-        Path(known.where) == Path(base.where)
-        and t5 == reward_t5
-        and known.max_sequence_length == base.max_sequence_length
-    )
+def base_of(reward: RewardConfig) -> Known:
+    """The pipeline that a reward model was made of."""
+    return describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")
+
+
+def own_encoders(reward: RewardConfig, config: Grpo | Sample, known: Known, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the text encoders and VAE that a reward model loads beside the generator's, by name.
+
+    As `encoders.share` decides, as far as can be told without a download: none where the text encoders and their length are the same,
+    else every part that differs. A pipeline may have no T5, whatever is asked for.
+    """
+    base = base_of(reward)
+    there = {name for name in known.makers() if config.text_encoder_3 or name != "text_encoder_3"}
+    needed = {n: part for n, part in base.parts(dtype).items() if reward.text_encoder_3 or n != "text_encoder_3"}
+    one, other = (known.where, known.revision), (base.where, base.revision)
+    own = {n: bytes_of(part) for n, part in needed.items() if n not in there or not same_part(one, other, n)}
+    text = set(base.family.text)
+    same = not own.keys() & text and there & text == needed.keys() & text
+    return {} if same and known.max_sequence_length == base.max_sequence_length else own
 
 
 def described_rewards(config: Grpo | Sample, *, needed: bool) -> tuple[dict[str, RewardConfig], list[str]]:

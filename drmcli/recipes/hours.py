@@ -7,8 +7,8 @@ from typing import Any
 from drmcli.config import Bench, Grpo, Sample, Score, TrainReward
 from drmcli.expected import expected_calls
 from drmcli.flow import schedule
-from drmcli.recipes.footprints import describe_reward, described_rewards, widest
-from drmcli.recipes.plan import Known, describe
+from drmcli.recipes.footprints import base_of, describe_reward, described_rewards, widest
+from drmcli.recipes.plan import Known
 from drmcli.recipes.timing import Row, decoding, drawing, encoding, hours, learning, scoring, training_step
 from drmcli.reward_config import RewardConfig
 from drmcli.sampling import Search
@@ -142,8 +142,3 @@ def of_grpo(
         ]
 
     return hours(config, rows, *unseen)
-
-
-def base_of(reward: RewardConfig) -> Known:
-    """The pipeline that a reward model was made of."""
-    return describe(reward.base_model, reward.base_revision, reward.max_sequence_length, "base_model")

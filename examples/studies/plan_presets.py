@@ -31,7 +31,18 @@ from drmcli.reward_config import RewardConfig
 NOT_SIZED = ("tiny", "paper")
 """Presets without a GPU in mind, and for many."""
 COMMANDS = ("train-reward", "bench", "sample --stepwise", "grpo")
-COLUMNS = ("preset", "model", "side", "steps", "guidance", "licence", "micro-batches", "smallest GPU", *COMMANDS)
+COLUMNS = (
+    "preset",
+    "model",
+    "side",
+    "steps",
+    "guidance",
+    "licence",
+    "micro-batches",
+    "at once",
+    "smallest GPU",
+    *COMMANDS,
+)
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Gigabytes that GPUs come with."""
 LICENCES = {
@@ -118,16 +129,24 @@ def plan(preset: str, folder: Path, commands: Sequence[str] = COMMANDS) -> dict[
 
 
 def settings(preset: str) -> list[str]:
-    """The cells that say what a preset is: model, side in pixels, steps, guidance, licence, and micro-batches.
+    """The cells that say what a preset is: model, side in pixels, steps, guidance, licence, micro-batches, and what is computed at once.
 
-    Micro-batches: pairs of train-reward and states of grpo; c: with gradient checkpointing.
+    Micro-batches: pairs of train-reward and states of grpo; c: with gradient checkpointing. At once: pictures that train-reward encodes;
+    that bench encodes / scores; pictures / latents of sample; latents of grpo.
     """
-    learner, aligned, drawn = (resolve(command, preset=preset) for command in ("train-reward", "grpo", "sample"))
+    learner, measured, aligned, drawn = (
+        resolve(command, preset=preset) for command in ("train-reward", "bench", "grpo", "sample")
+    )
     batches = ", ".join(f"{c.micro_batch_size}{' c' if c.gradient_checkpointing else ''}" for c in (learner, aligned))
+    together = (
+        f"{learner.encode_batch_size}, {measured.encode_batch_size} / {measured.batch_size},"
+        f" {drawn.batch_size} / {drawn.max_batch}, {aligned.max_batch}"
+    )
     model = learner.generator
     return [
         f"[{model.partition('/')[2]}](https://huggingface.co/{model})", str(learner.resolution), str(drawn.steps),
         f"{drawn.guidance_scale:g}", LICENCES[model], batches,
+        together,
     ]  # fmt: skip
 
 

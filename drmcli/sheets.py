@@ -152,8 +152,10 @@ def _strip(tile: Tile, side: int, size: int) -> list[tuple[str, str]]:
 
 def wrapped(text: str, width: int, size: int, most: int) -> list[str]:
     """Lines no wider than `width` pixels, at most `most`; what does not fit ends in dots. Words wider than a line are cut."""
-    words = text[: LONGEST + 1].encode("utf-8", "replace").decode().split()
-    whole = filled(words, lambda word: _pieces(word, width, size), lambda line: _length(line, size) <= width)
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    whole = filled(
+        text[: LONGEST + 1].split(), lambda word: _pieces(word, width, size), lambda line: _length(line, size) <= width
+    )
     lines = [line for line in islice(whole, most + 1) if line]
     if len(lines) <= most and len(text) <= LONGEST:
         return lines

@@ -21,6 +21,8 @@ TEXTS = {
     "half a surrogate pair": "a\ud800b",
     "controls": "a\x00b\x1b[31m\r\nc",
     "blank": "  ",
+    "a page of blanks": " " * 500,
+    "words after a page of blanks": " " * 500 + "a red circle",
     "empty": "",
 }
 
@@ -34,7 +36,7 @@ def test_text_fits(text: str) -> None:
     lines = wrapped(text, 128, 12, LINES)
     assert len(lines) <= LINES and all(_length(line, 12) <= 128 for line in lines)
     assert bool(lines) == bool(text.strip())
-    if len(text) > 200:
+    if len(text.strip()) > 200:
         assert lines[-1].endswith("...")
     made = sheet([Block([Tile(picture("red"), text, note_of(7, -2.5))], title=text)], title=text)
     assert made.width == 128 + 4 * 6
@@ -43,6 +45,7 @@ def test_text_fits(text: str) -> None:
 def test_what_fits_is_whole() -> None:
     assert " ".join(wrapped(TEXTS["plain"], 128, 12, LINES)) == TEXTS["plain"]
     assert "".join(wrapped("x" * 40, 128, 12, LINES)) == "x" * 40
+    assert wrapped(" " * 500 + "a\n red", 128, 12, LINES) == ["a red"]
 
 
 def test_captions_are_below_and_cover_no_picture() -> None:

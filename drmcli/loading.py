@@ -108,6 +108,8 @@ def weightless() -> Iterator[None]:
 
 
 def _weightless(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.is_meta:  # as it is: one that two modules share stays one
+        return parameter
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
@@ -160,12 +162,21 @@ def fill(
 
 
 def fill_at_random(model: nn.Module, *, device: torch.device | str, dtype: Callable[[str], torch.dtype]) -> None:
-    """Give a model without weights normal ones of deviation 0.02, in a number format by name; what holds whole numbers, zeros."""
+    """Give a model without weights normal ones of deviation 0.02, in a number format by name; what holds whole numbers, zeros.
+
+    A parameter of several names, as of tied embeddings, is one tensor, in the format of its first name.
+    """
     rng = torch.Generator(device).manual_seed(0)
+    shared = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    made: dict[Any, Tensor] = {}
     for name, place in model.state_dict().items():
-        kind = dtype(name) if place.is_floating_point() else place.dtype
-        tensor = torch.zeros(place.shape, dtype=kind, device=device)
-        _assign(model, name, tensor.normal_(std=0.02, generator=rng) if place.is_floating_point() else tensor)
+        key = shared.get(name, name)
+        if key not in made:
+            kind = dtype(name) if place.is_floating_point() else place.dtype
+            made[key] = torch.zeros(place.shape, dtype=kind, device=device)
+            if place.is_floating_point():
+                made[key].normal_(std=0.02, generator=rng)
+        _assign(model, name, made[key])
     model.to(device)  # tables that the constructor computed
 
 
@@ -208,7 +219,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Are all numbers of a tensor finite? Its extremes tell, some fifty times faster than a look at each one."""
+    """Are all numbers of a tensor finite? Its extremes tell: one pass, and no mask of the tensor's size."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:  # eight bits: no extremes of these on a CPU

@@ -165,3 +165,21 @@ def test_finite(dtype: torch.dtype) -> None:
         spoiled = good.float()
         spoiled[700] = bad
         assert not loading.finite(spoiled.to(dtype))
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["on the meta device", "with tables of its own"])
+def test_tied_weights_are_one_tensor(table: bool) -> None:
+    """Of text encoders that read and write by the same embeddings, and of a skeleton whose constructor computes something."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+            self.out.weight = self.embed.weight
+            if table:
+                self.register_buffer("steps", torch.arange(3.0), persistent=False)
+
+    model = loading.skeleton(Tied)
+    loading.fill_at_random(model, device="cpu", dtype=lambda name: torch.bfloat16)
+    assert model.embed.weight.data_ptr() == model.out.weight.data_ptr() and model.embed.weight.std() > 0
+    assert model.embed.weight.dtype == torch.bfloat16

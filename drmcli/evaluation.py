@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from drmcli.fitting import Batch
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.measure.intervals import paired_ci
 from drmcli.scorers import load_scorer
 
@@ -25,10 +26,14 @@ ALARM_SHARE = 0.25
 class Judge:
     """The independent yardstick, any scorer; none where the name is `none`."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, flag: str = "--judge"):
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype, flag: str = "--judge", kernels: Kernels = PLAIN
+    ):
         self.name = name
         self.batch = Batch(64, hint="another scorer")
-        self.scorer = None if name == "none" else load_scorer(name, device=device, dtype=dtype, flag=flag)
+        self.scorer = (
+            None if name == "none" else load_scorer(name, device=device, dtype=dtype, flag=flag, kernels=kernels)
+        )
 
     def __bool__(self) -> bool:
         return self.scorer is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_qwen_image
@@ -18,13 +20,16 @@ from test_train_reward import train, weights
 from tiny_pipelines import PIPELINES
 from torch._dynamo.utils import counters
 
-from drmcli import kernels
+from drmcli import kernels, scorers
+from drmcli.config import resolve
 from drmcli.errors import InputError, MissingError
+from drmcli.evaluation import Judge
 from drmcli.families.base import Conditioning
 from drmcli.generator import Generator
 from drmcli.kernels import Kernels
 from drmcli.memory import blank_states
 from drmcli.policy import Policy
+from drmcli.recipes import alignment, data_label, methods, reproduce
 from drmcli.reward import RewardModel
 from drmcli.sampling import Search, sample
 
@@ -159,8 +164,9 @@ def test_training_is_the_same(tmp_path: Path) -> None:
 
 
 def test_every_command_takes_it(
-    tmp_path: Path, drm: Callable, reward_folder: Path, generator_folder: Path, pairs_file: Path
-) -> None:
+    tmp_path: Path, drm: Callable, reward_folder: Path, generator_folder: Path, pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     used: list[int] = []
 
     def ran(*args: object) -> dict:
@@ -179,10 +185,13 @@ def test_every_command_takes_it(
     prompts.write_text(PROMPTS[0] + "\n")
     ran("data", "make", prompts, "--num-images", 2, "--steps", 2, "--label", reward_folder,
         "--out", tmp_path / "made")  # fmt: skip
-    ran("grpo", "--reward", reward_folder, "--updates", 1, "--steps", 3, "--judge", "none", "--lr", 0.01,
+    judged: list[Judge] = []
+    monkeypatch.setattr(alignment, "Judge", lambda *a, **k: judged.append(Judge(*a, **k)) or judged[-1])
+    ran("grpo", "--reward", reward_folder, "--updates", 1, "--steps", 3, "--judge", reward_folder, "--lr", 0.01,
         "--set", "prompts_per_update=2", "--set", "group_size=2", "--set", "lora_rank=2", "--set", "min_std=0",
         "--set", "eval_prompts=2", "--set", "eval_seeds=1", "--out", tmp_path / "grpo")  # fmt: skip
     assert all(used), used
+    assert compiled(judged[0].scorer), "the judge's blocks too"
 
     folder = tmp_path / "grpo" / "lora-last"
     layers = load_file(folder / "pytorch_lora_weights.safetensors")
@@ -190,6 +199,42 @@ def test_every_command_takes_it(
     pipe = StableDiffusion3Pipeline.from_pretrained(generator_folder, text_encoder_3=None, tokenizer_3=None)
     pipe.load_lora_weights(folder)
     assert any(p.abs().max() > 0 for n, p in pipe.transformer.named_parameters() if ".lora_B." in n)
+
+
+def compiled(scorer: Any) -> bool:
+    return all(map(kernels.compiled, scorer.model.blocks))
+
+
+def test_other_scorers_of_a_run_take_it(reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--refresh-by, --judge of a table, --active and the scorers of `drm reproduce`: reward models as any other."""
+    ref, asked = str(reward_folder), {"compile": True}
+    config = resolve("grpo", flags=asked | {"refresh_every": 1, "refresh_by": ref})
+    trusted = alignment.load_trusted(config, SimpleNamespace(models=[1]), torch.device("cpu"), torch.float32)
+    assert compiled(trusted.scorer)
+
+    class Seen(Exception):
+        pass
+
+    load = scorers.load_scorer
+
+    def seen(*args: Any, **options: Any) -> Any:
+        raise Seen(compiled(load(*args, **options)))
+
+    for module in (methods, reproduce, scorers):  # data_label imports it late
+        monkeypatch.setattr(module, "load_scorer", seen)
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    studio = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    folder = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), warn=print)
+    tuned = resolve("sample", flags=asked | {"tune": str(tmp_path / "prompts.txt"), "judge": ref})
+    tables = SimpleNamespace(config=resolve("reproduce", flags=asked | {"scorers": [ref]}), folder=folder)
+    for work in (
+        lambda: methods.tune(tuned, folder, studio),
+        lambda: reproduce.score(tables, "table", "row", {"images": [], "run": str(tmp_path)}, (None,)),
+        lambda: data_label.scores(resolve("data-label", flags=asked | {"active": ref}), None, None),
+    ):
+        with pytest.raises(Seen) as found:
+            work()
+        assert found.value.args == (True,)
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, drm: Callable) -> None:

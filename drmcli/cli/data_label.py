@@ -23,6 +23,10 @@ def label(
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    attention: Annotated[str | None, typer.Option(metavar="NAME", help="Attention kernels of --active.")] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="Compile the blocks of --active with torch.compile.")
+    ] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -44,7 +48,8 @@ def label(
     from drmcli.recipes import data_label as recipe
 
     options = {"folder": folder, "port": port, "host": host, "active": active, "limit": limit, "seed": seed}
-    resolved = configs.resolve("data-label", flags=options | {"device": device, "dtype": dtype})
+    options |= {"device": device, "dtype": dtype, "attention": attention, "compile": compile_}
+    resolved = configs.resolve("data-label", flags=options)
     result = sys.stdout  # while the screen is open, stdout is stderr
     with Screen(quiet=quiet or as_json) as screen:
 

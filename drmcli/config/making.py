@@ -66,3 +66,7 @@ class DataLabel:
     """Of --active: auto, cuda, cuda:1 or cpu."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of --active."""
+    attention: str = "sdpa"
+    """Attention kernels of --active; sdpa is PyTorch's own, others by diffusers' names."""
+    compile: bool = False
+    """Compile the blocks of --active with torch.compile: quicker passes after minutes of compiling; batches of any size share a program."""

@@ -162,7 +162,7 @@ def assemble(config: Grpo, accelerator: Accelerator, run: Run) -> Alignment:
     rewards = load_rewards(config, generator, device, frozen)
     for text in rewards.share_encoders(generator):
         run.warn(text)
-    judge = Judge(config.judge, device, frozen)
+    judge = Judge(config.judge, device, frozen, kernels=Kernels.of(config, device))
     if judge.scorer is not None:
         for split in ("val", "test"):
             judge.scorer.check_prompts(prompts[split][: config.eval_prompts])
@@ -236,7 +236,7 @@ def load_trusted(config: Grpo, rewards: Rewards, device: torch.device, dtype: to
     """The scorer of `refresh_by`. Raises InputError for options that do not fit each other."""
     if config.refresh_every and not rewards.models:
         raise InputError("--refresh-every: there is no reward model that could learn on", hint="leave it away")
-    return Judge(config.refresh_by or "none", device, dtype, "--refresh-by")
+    return Judge(config.refresh_by or "none", device, dtype, "--refresh-by", Kernels.of(config, device))
 
 
 def make_algorithm(

@@ -74,13 +74,15 @@ def scores(config: DataLabel, ballot: Ballot, reporter: Reporter) -> np.ndarray:
     """Scores [pictures] of the reward model that pairs are chosen for."""
     from drmcli.data.images import FileImage, load_image
     from drmcli.generator import pick_device, pick_dtype
+    from drmcli.kernels import Kernels
     from drmcli.scorers import load_scorer
 
     device = pick_device(config.device)
     assert config.active
     scorer = load_scorer(
-        config.active, device=device, dtype=pick_dtype(config.dtype, device), flag="--active", seed=config.seed
-    )
+        config.active, device=device, dtype=pick_dtype(config.dtype, device), flag="--active", seed=config.seed,
+        kernels=Kernels.of(config, device),
+    )  # fmt: skip
     found = []
     for at in range(0, len(ballot.pictures), 32):
         names = ballot.pictures[at : at + 32]

@@ -24,6 +24,7 @@ from drmcli.config import Sample
 from drmcli.data.prompts import read_prompts
 from drmcli.errors import InputError
 from drmcli.generator import DTYPES
+from drmcli.kernels import Kernels
 from drmcli.measure.intervals import mean_ci, paired_ci
 from drmcli.run import Interruptions, Run, write_text
 from drmcli.sampling import Search
@@ -196,7 +197,9 @@ def tune(config: Sample, folder: Run, studio: Studio) -> dict[str, Any]:
             "no --judge is named: methods are ranked by the reward that they maximise, and one that fools it looks good"
         )
     else:
-        judge = load_scorer(config.judge, device=studio.device, dtype=studio.dtype, flag="--judge")
+        judge = load_scorer(
+            config.judge, device=studio.device, dtype=studio.dtype, flag="--judge", kernels=Kernels.of(config, studio.device)
+        )  # fmt: skip
         judge.check_prompts(prompts)
     found: dict[str, dict[str, Any]] = {}
     with Interruptions() as interruptions:

@@ -28,6 +28,7 @@ from drmcli.config import Reproduce, resolve, spoken
 from drmcli.data.prompts import read_prompts
 from drmcli.errors import MissingError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
+from drmcli.kernels import Kernels
 from drmcli.measure import paper
 from drmcli.measure.intervals import mean_ci
 from drmcli.recipes.generated import Part
@@ -272,7 +273,9 @@ def score(stage: Stage, table: str, row: str, drawn: dict[str, Any], published: 
         path = stage.folder.path("scores", f"{Path(drawn['run']).name}-{c.scorers.index(ref)}.parquet")
         if not results.readable(path, stage.folder.warn):
             try:
-                scorer = load_scorer(ref, device=device, dtype=pick_dtype(c.dtype, device))
+                scorer = load_scorer(
+                    ref, device=device, dtype=pick_dtype(c.dtype, device), kernels=Kernels.of(c, device)
+                )
             except MissingError as error:
                 stage.lacks(f"{table}: {spoken(ref)}", f"{error.message} ({error.hint})")
                 continue

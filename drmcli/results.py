@@ -64,7 +64,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "grpo_evals": pa.schema(
         {
             "update": _int, "split": _text, "reward": _real, "judge": _real, "diversity": _real, "flawless": _real,
-            "diversity_flawless": _real, "seconds": _real,
+            "diversity_flawless": _real, "seconds": _real, "judge_less_best": _real, "judge_less_best_low": _real,
+            "judge_less_best_high": _real,
         }
     ),
     "scorers": pa.schema(

@@ -100,10 +100,12 @@ class Grpo(Common, Timed, Drawing):
     refresh_prompts: Count = 16
     """Prompts of a refresh, over all processes."""
     refresh_samples: Annotated[int, Field(ge=2, le=10_000)] = 4
-    """Samples a prompt, compared with each other."""
-    refresh_steps: Many = 50
+    """Samples a prompt, compared with each other and with older ones."""
+    refresh_memory: Annotated[int, Field(ge=0, le=1_000)] = 4
+    """Older refreshes whose samples are kept, those before the first update among them."""
+    refresh_steps: Many = 100
     """Training steps of a refresh."""
-    refresh_lr: Rate = 3e-4
+    refresh_lr: Rate = 1e-3
     """Their learning rate."""
     nft_levels: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Sigmas within the window that nft learns from at each sample, drawn anew each update."""

@@ -25,6 +25,7 @@ from drmcli.generator import Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.kernels import Kernels, check_trainable
 from drmcli.policy import Policy
 from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
+from drmcli.refresh import Memory
 from drmcli.results import Parts
 from drmcli.rollout import Plan, Share
 from drmcli.run import Run, seed_of
@@ -53,6 +54,8 @@ class State:
     """How often the reward models have learned on."""
     best_judge: np.ndarray | None = None
     """[B] the judge's scores at the best point."""
+    memory: Memory = field(default_factory=lambda: Memory(0))
+    """Samples that the reward models learned from."""
 
     def best(self, measure: str) -> dict[str, Any]:
         """The best evaluation by `judge` or `reward`."""
@@ -319,7 +322,8 @@ def save(a: Alignment, state: State) -> None:
     """A complete checkpoint, by the main process; the others wait for it."""
     if a.main:
         tensors: dict[str, Tensor] = a.policy.tensors() | optimizer_tensors(a.optimizer, a.policy.trained)
-        values = {k: v for k, v in vars(state).items() if k not in ("update", "best_judge")}
+        values = {k: v for k, v in vars(state).items() if k not in ("update", "best_judge", "memory")}
+        tensors |= state.memory.tensors()
         if a.policy.ema is not None:
             values["ema_step"] = a.policy.ema.optimization_step
         if state.refreshes:
@@ -341,9 +345,10 @@ def heads(rewards: Rewards) -> dict[str, Tensor]:
 
 def resume(a: Alignment) -> State:
     """The state of the newest undamaged checkpoint, with the weights put back; a fresh one where there is none."""
+    memory = Memory(a.config.refresh_memory)
     found = a.checkpoints.newest()
     if found is None:
-        return State()
+        return State(memory=memory)
     values, tensors = found.state(), found.tensors()
     a.policy.load_tensors(tensors, values.pop("ema_step", 0))
     load_optimizer(a.optimizer, a.policy.trained, tensors)
@@ -351,6 +356,7 @@ def resume(a: Alignment) -> State:
         with torch.no_grad():
             for name, tensor in heads(a.rewards).items():
                 tensor.copy_(tensors[name])
+    memory.load(tensors)
     a.run.note(f"went on from update {found.step}")
     best = tensors["best_judge"].numpy() if a.judge else None
-    return State(update=found.step, best_judge=best, **values)
+    return State(update=found.step, best_judge=best, memory=memory, **values)

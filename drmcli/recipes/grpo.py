@@ -91,7 +91,7 @@ def train(a: Alignment, state: State, interruptions: Interruptions) -> None:
             break
 
         # Teach the reward model what the policy draws now.
-        if config.refresh_every and state.update and state.update % config.refresh_every == 0:
+        if config.refresh_every and state.update % config.refresh_every == 0:
             refresh(a, state)
 
         # Draw for this process's share of the prompts.
@@ -244,21 +244,26 @@ def look(a: Alignment, split: str) -> Evaluation:
 
 
 def refresh(a: Alignment, state: State) -> None:
-    """Let the heads of the reward models learn from fresh samples of the policy, labelled by the trusted scorer."""
+    """Let the heads of the reward models learn from fresh samples of the policy beside older ones of the same prompts, all labelled by
+    the trusted scorer. Before the first update there is nothing to mend: the samples are kept as those of the start."""
     config, train, k = a.config, a.prompts["train"], a.config.refresh_samples
     world = a.accelerator.num_processes
     each = -(-config.refresh_prompts // world)
-    rng = np.random.default_rng(seed_of("refresh", config.seed, state.update))
+    rng = np.random.default_rng(seed_of("refresh", config.seed))
     texts = [train[i] for i in rng.choice(len(train), each * world, replace=len(train) < each * world)]
     mine = [text for text in texts[a.share.rank * each : (a.share.rank + 1) * each] for _ in range(k)]
     seeds = [seed_of("refresh", config.seed, state.update, a.share.rank * each * k + i) for i in range(len(mine))]
     latents, _, images = plain_samples(a, mine, seeds, "refresh")
     judged = torch.as_tensor(a.trusted(images, mine), dtype=torch.float32, device=latents.device)
     latents, judged = a.share.gather(latents.contiguous()), a.share.gather(judged)
+    state.memory.add(latents.unflatten(0, (-1, k)).cpu(), judged.unflatten(0, (-1, k)).cpu())
+    if state.update == 0:
+        return
+    latents, judged = (t.to(latents.device) for t in state.memory.joined())
     for i, (model, cond) in enumerate(zip(a.rewards.models, a.cond(texts)[1])):
         first, last = continue_head(
-            model, latents.unflatten(0, (-1, k)), cond, judged.unflatten(0, (-1, k)), steps=config.refresh_steps,
-            lr=config.refresh_lr, seed=seed_of("refresh", config.seed, state.update, "steps", i),
+            model, latents, cond, judged, steps=config.refresh_steps, lr=config.refresh_lr, fresh=k,
+            seed=seed_of("refresh", config.seed, state.update, "steps", i),
         )  # fmt: skip
         a.run.log(f"update {state.update}: reward model {i} learned on, loss {first:.3f} to {last:.3f}")
     broadcast(list(heads(a.rewards).values()))  # equal to the last bit in all processes
@@ -280,11 +285,20 @@ def watch(a: Alignment, state: State) -> None:
         "seconds": state.learning,
         "refreshes": state.refreshes,
     }
+    gap = low = high = None
+    if a.judge and state.best_judge is not None:  # paired by caption and seed
+        gap = paired_ci(found.judge, state.best_judge, found.prompt)
+        low, high = gap.ci95
+        row |= {"judge_less_best": gap.value, "judge_less_best_ci95": [low, high]}
     state.history.append(row)
     if a.main:
-        a.tables.evals.add(split="val", **{k: v for k, v in row.items() if k != "refreshes"})
+        shown = {k: v for k, v in row.items() if k != "refreshes" and not k.startswith("judge_less")}
+        less = {"judge_less_best": gap and gap.value, "judge_less_best_low": low, "judge_less_best_high": high}
+        a.tables.evals.add(split="val", **shown, **less)
         picture_grid(a.run, found, a.prompts["val"], a.config.eval_seeds, state.update)
     judged = f", judge {row['judge']:.3f}" if a.judge else ""
+    if low is not None:
+        judged += f" (less the best {row['judge_less_best']:+.3f}, {low:+.3f} to {high:+.3f})"
     diverse = "" if row["diversity"] is None else f", diversity {row['diversity']:.3f}"
     a.run.note(f"update {state.update}: reward {row['reward']:+.3f}{judged}{diverse}")
     best = state.best(a.measure)

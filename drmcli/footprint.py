@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from drmcli.families.base import Family
 from drmcli.loading import base_weights
 from drmcli.memory import FIXED, RealMasks, blank_states, cast, make_fake
+from drmcli.quantize import saving
 from drmcli.reward import RewardModel
 from drmcli.reward_config import RewardConfig
 
@@ -106,10 +107,12 @@ def generator_pass(
     size: tuple[int, int],
     tokens: int,
     dtype: torch.dtype,
+    bits: str = "none",
 ) -> tuple[int, int]:
-    """Bytes of a denoiser's weights, and of one forward pass of `count` latents of H x W."""
+    """Bytes of a denoiser's weights, and of one forward pass of `count` latents of H x W. bits: `Kernels.quantize`."""
     with torch.device("meta"):
         model: Any = cast(family.denoiser_class.from_config(config), dtype)  # type: ignore[attr-defined]
+    less, largest = saving(family.blocks(model), bits)
     with imagined(model):
         latents, sigma, cond = blank_states(family, config, count, size, tokens)
 
@@ -117,23 +120,29 @@ def generator_pass(
             inputs = family.inputs(model, latents, sigma, cond, None)
             return family.velocity(model(**inputs, return_dict=False), latents, sigma)
 
-        return bytes_of(model), alive_in(work)
+        return bytes_of(model) - less, alive_in(work) + largest
 
 
 def reward_pass(
-    config: RewardConfig, *, count: int, size: tuple[int, int], tokens: int, dtype: torch.dtype, lent: bool = False
+    config: RewardConfig,
+    *,
+    count: int,
+    size: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    lent: bool = False,
+    bits: str = "none",
 ) -> tuple[int, int]:
     """The same of a reward model: its kept blocks, LoRA and head. lent: the blocks' weights are a generator's, and not counted."""
     with torch.device("meta"):
         model = RewardModel.from_config(config)
         model.set_trainable()
         cast(model.transformer, dtype)
+    less, largest = saving(model.blocks, bits)
     with imagined(model):
         latents, sigma, cond = blank_states(model.family, config.transformer, count, size, tokens)
-        weights = bytes_of(model)
-        if lent:
-            weights -= sum(t.nbytes for t in base_weights(model.transformer).values())
-        return weights, alive_in(lambda: model.score(latents, sigma, cond))
+        lends = sum(t.nbytes for t in base_weights(model.transformer).values()) if lent else less
+        return bytes_of(model) - lends, alive_in(lambda: model.score(latents, sigma, cond)) + largest
 
 
 def vae_passes(
@@ -158,10 +167,11 @@ def vae_passes(
     return found
 
 
-def text_pass(model: Any, *, prompts: int, tokens: int) -> int:
+def text_pass(model: Any, *, prompts: int, tokens: int, bits: str = "none") -> int:
     """Bytes of encoding so many prompts of so many tokens by a text encoder of transformers on the meta device, all its layers kept."""
+    _, largest = saving([model], bits)
     with imagined(model):
-        return alive_in(lambda: read_ids(model, prompts, tokens))
+        return alive_in(lambda: read_ids(model, prompts, tokens)) + largest
 
 
 def read_ids(model: Any, prompts: int, tokens: int) -> Any:

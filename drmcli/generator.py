@@ -33,6 +33,7 @@ from drmcli.parts import (
     settle,
     sorted_parts,
 )
+from drmcli.quantize import marked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -71,6 +72,9 @@ class Generator:
     disk. A denoiser that is not asked for is there on the meta device, since encoding may read its config.
     """
 
+    kernels: Kernels = PLAIN
+    """How its blocks are computed, and what its frozen weights are kept in."""
+
     def __init__(
         self, pipe: Any, ref: str, *, revision: str | None, max_sequence_length: int, family: Family | None = None
     ):
@@ -100,7 +104,7 @@ class Generator:
     ) -> Generator:
         """Load a pipeline from a folder or the hub. Only safetensors are read.
 
-        kernels: how the denoiser's blocks are computed.
+        kernels: how the denoiser's blocks are computed; by `quantize`, the text encoders' weights are kept in 8 bits too.
         vae_tiling: does the VAE work on large pictures in overlapping tiles: on, off, auto (see `fitting.tile`).
         beside: a loaded generator, whose VAE and text encoders are used where they are the same, not loaded a second time.
 
@@ -115,16 +119,14 @@ class Generator:
             if "transformer" not in components:
                 absent[family.denoiser] = empty_denoiser(family, where, revision)
             others = [n for n in wanted if n != family.denoiser]
-            parts = {} if beside is None else beside.same_encoders(ref, revision, others)
+            parts = {} if beside is None else beside.same_encoders(ref, revision, others, kernels.quantize)
             left = {name: part for name, part in wanted.items() if name not in parts}
-            parts |= load_parts(family, left, where, revision=revision, dtype=dtype, device=device)
+            parts |= load_parts(family, left, where, revision=revision, dtype=dtype, device=kernels.home(device))
             home = at_hand(where, [name for name in given if name not in absent | parts], revision, whole=True)
             pipe = kind.from_pretrained(home, dtype=dtype, use_safetensors=True, **absent, **parts)
-        settle(pipe, device, empty=() if "transformer" in components else (family.denoiser,))
+        settle(pipe, family, device, kernels, whole="transformer" in components)
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
-        generator.vae_tiling = vae_tiling
-        if "transformer" in components:
-            kernels.use(generator.transformer, family)
+        generator.vae_tiling, generator.kernels = vae_tiling, kernels
         return generator
 
     @property
@@ -275,25 +277,26 @@ class Generator:
             load_lora(self, ref, flag)
 
     def lends(
-        self, family: Family, ref: str, revision: str | None, dtype: torch.dtype, device: torch.device | str
+        self, family: Family, ref: str, revision: str | None, dtype: torch.dtype, device: torch.device | str, bits: str
     ) -> bool:
-        """Has another pipeline's denoiser, in this number format on this device, the weights of the one that is loaded here?"""
+        """Has another pipeline's denoiser, in this number format (bits: `Kernels.quantize`) on this device, the weights of the one here?"""
         name, mine = family.denoiser, getattr(self.pipe, family.denoiser, None)
         if mine is None or self.family.name != family.name or mine.dtype != dtype:
             return False
         if torch.empty(0, device=device).device != mine.device:
             return False
-        return of_parts(ref, revision, [name]) == self.prints([name])
+        return marked(of_parts(ref, revision, [name]), bits) == self.prints([name])
 
-    def same_encoders(self, ref: str, revision: str | None, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the named parts of another pipeline that are loaded here already."""
-        mine, theirs = self.prints(names), of_parts(ref, revision, names)
+    def same_encoders(self, ref: str, revision: str | None, names: Sequence[str], bits: str) -> dict[str, Any]:
+        """Those of the named parts of another pipeline that are loaded here already; bits: `Kernels.quantize`."""
+        mine, theirs = self.prints(names), marked(of_parts(ref, revision, names), bits)
         return {name: getattr(self.pipe, name) for name in names if name in mine and mine[name] == theirs.get(name)}
 
     def prints(self, names: Sequence[str] | None = None) -> dict[str, str]:
         """A short hash of what each of these parts (None: text and VAE) computes, for those that are there. See `drmcli.fingerprints`."""
         names = (*self.family.text, "vae") if names is None else names
-        return of_parts(self.ref, self.revision, [name for name in names if getattr(self.pipe, name, None) is not None])
+        present = [name for name in names if getattr(self.pipe, name, None) is not None]
+        return marked(of_parts(self.ref, self.revision, present), self.kernels.quantize)
 
     def fingerprint(self, parts: Sequence[str]) -> str:
         """A short hash of what the named parts ("vae", "text") compute, number format and prompt length included."""

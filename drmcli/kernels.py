@@ -1,6 +1,7 @@
-"""How the blocks of a denoiser are computed: by which attention kernels of those that diffusers dispatches, and compiled or not.
+"""How the blocks of a denoiser are computed: by which attention kernels of those that diffusers dispatches, compiled or not, and with
+frozen weights of how many bits (see `drmcli.quantize`).
 
-Nothing here changes a weight, or a name under which one is saved.
+Nothing here changes a name under which a weight is saved, nor what is saved of weights that learn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils._triton import has_triton
 
 from drmcli.errors import InputError, MissingError
 from drmcli.families.base import Family
+from drmcli.quantize import check, quantize
 
 BACKEND = "inductor"
 """What torch.compile hands its graphs to."""
@@ -33,6 +35,8 @@ class Kernels:
     """A name of `attention_names`."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    quantize: str = "none"
+    """Bits of frozen weights, the text encoders' too: none (as they are), int8 or fp8."""
 
     @classmethod
     def of(cls, config: Any, device: torch.device | str) -> Kernels:
@@ -43,13 +47,22 @@ class Kernels:
         check_attention(config.attention, torch.device(device))
         if config.compile:
             check_compiler(torch.device(device))
-        return cls(config.attention, config.compile)
+        check(config.quantize, config.dtype, torch.device(device), compiled=config.compile)
+        return cls(config.attention, config.compile, config.quantize)
 
-    def use(self, denoiser: Any, family: Family) -> None:
-        """Have a denoiser, whole or cut, compute so. Raises InputError where it cannot take the attention kernels."""
+    def use(self, denoiser: Any, family: Family, device: torch.device | str) -> None:
+        """Have a denoiser, whole or cut, compute so; weights in 8 bits are moved to the device.
+
+        Raises InputError where it cannot take the attention kernels, MissingError without torchao.
+        """
         use_attention(denoiser, family, self.attention)
+        quantize(family.blocks(denoiser), self.quantize, device)
         if self.compile:
             compile_blocks(family.blocks(denoiser))
+
+    def home(self, device: torch.device | str) -> torch.device | str:
+        """Where weights are read to: the device, but the CPU for those that go there in 8 bits."""
+        return device if self.quantize == "none" else "cpu"
 
 
 PLAIN = Kernels()

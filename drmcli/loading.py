@@ -165,11 +165,14 @@ def fill_at_random(model: nn.Module, *, device: torch.device | str, dtype: Calla
     """Give a model without weights normal ones of deviation 0.02, in a number format by name; what holds whole numbers, zeros.
 
     A parameter of several names, as of tied embeddings, is one tensor, in the format of its first name.
+    What is on no meta device stays as it is.
     """
     rng = torch.Generator(device).manual_seed(0)
     shared = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     made: dict[Any, Tensor] = {}
     for name, place in model.state_dict().items():
+        if not place.is_meta:
+            continue
         key = shared.get(name, name)
         if key not in made:
             kind = dtype(name) if place.is_floating_point() else place.dtype

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from drmcli.families.base import Conditioning, Family
+from drmcli.quantize import saving
 from drmcli.reward import RewardModel
 from drmcli.reward_config import RewardConfig
 
@@ -90,10 +91,11 @@ def plan_training(
     mixed: torch.dtype,
     ema: bool,
     device_type: str = "cpu",
+    bits: str = "none",
 ) -> MemoryPlan:
     """The plan for a micro-batch of so many images with square latents and prompts of so many tokens.
 
-    mixed: the autocast dtype (float32 for none). Frozen backbones are kept in it, trained weights in float32.
+    mixed: the autocast dtype (float32 for none). Frozen backbones are kept in it, trained weights in float32. bits: `Kernels.quantize`.
     """
     with torch.device("meta"):
         model = RewardModel.from_config(config)
@@ -111,7 +113,10 @@ def plan_training(
 
     size = latent_side, latent_side
     backbone = model.transformer, model.family, config.transformer
-    return _traced(model, backbone, step, checkpointing, images, size, tokens, mixed, ema=ema, guided=False)
+    frozen = saving(model.blocks, bits)
+    return _traced(
+        model, backbone, step, checkpointing, images, size, tokens, mixed, ema=ema, guided=False, frozen=frozen
+    )
 
 
 def plan_policy(
@@ -125,10 +130,12 @@ def plan_policy(
     mixed: torch.dtype,
     ema: bool,
     guided: bool,
+    bits: str = "none",
 ) -> MemoryPlan:
     """The plan for aligning a transformer on micro-batches of so many states; lora None is full fine-tuning.
 
     guided: classifier-free guidance in training, which doubles the batch. Other models come on top, see `Known.parts`.
+    bits: `Kernels.quantize`.
     """
     with torch.device("meta"):
         model: Any = family.denoiser_class.from_config(transformer)  # type: ignore[attr-defined]
@@ -155,6 +162,7 @@ def plan_policy(
         mixed,
         ema=ema,
         guided=guided,
+        frozen=saving(family.blocks(model), bits),
     )
 
 
@@ -170,8 +178,10 @@ def _traced(
     *,
     ema: bool,
     guided: bool,
+    frozen: tuple[int, int],
 ) -> MemoryPlan:
-    """One forward pass of `step` on fake tensors, without and with gradient checkpointing, added up."""
+    """One forward pass of `step` on fake tensors, without and with gradient checkpointing, added up. frozen: see `quantize.saving`."""
+    less, largest = frozen
     with FakeTensorMode(allow_non_fake_inputs=True), RealMasks():
         make_fake(model)
         n = 2 * count if guided else count
@@ -192,12 +202,12 @@ def _traced(
         return MemoryPlan(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in trained),
-            weights=bytes_of(model.parameters()) + bytes_of(model.buffers()),
+            weights=bytes_of(model.parameters()) + bytes_of(model.buffers()) - less,
             gradients=bytes_of(trained),
             optimizer=2 * bytes_of(trained),
             ema=bytes_of(trained) if ema else 0,
-            activations=whole,
-            activations_checkpointed=checkpointed,
+            activations=whole + largest,
+            activations_checkpointed=checkpointed + largest,
         )
 
 

@@ -18,7 +18,9 @@ from drmcli.errors import InputError
 from drmcli.families.base import Family
 from drmcli.fingerprints import at_hand, reach
 from drmcli.hub import quiet_hub
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton, variant_of
+from drmcli.quantize import quantize
 
 if TYPE_CHECKING:
     from drmcli.generator import Generator
@@ -63,13 +65,19 @@ def load_parts(
     return made | ({denoiser: load_denoiser(family, where, **options)} if denoiser in wanted else {})
 
 
-def settle(pipe: Any, device: torch.device | str, *, empty: Sequence[str]) -> None:
-    """Have a pipeline's models frozen and on a device, but for those without weights, and the pipeline quiet."""
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            module.eval().requires_grad_(False)
-            if name not in empty:
-                module.to(device)
+def settle(pipe: Any, family: Family, device: torch.device | str, kernels: Kernels, *, whole: bool) -> None:
+    """Have a pipeline's models computed by these kernels, frozen and on a device, and the pipeline quiet.
+
+    whole: has the denoiser weights? Raises what `Kernels.use` does.
+    """
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    if whole:
+        kernels.use(models[family.denoiser], family, device)
+    quantize([part for name, part in models.items() if name in family.text], kernels.quantize, device)
+    for name, module in models.items():
+        module.eval().requires_grad_(False)
+        if whole or name != family.denoiser:
+            module.to(device)
     pipe.set_progress_bar_config(disable=True)
 
 
@@ -131,10 +139,12 @@ def with_denoiser(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     beside: Generator | None = None,
+    kernels: Kernels = PLAIN,
 ) -> Any:
     """What `make` makes of a pipeline's denoiser. It is given one without weights: what it cuts off is not read.
 
     beside: a loaded generator, whose denoiser's weights are used where they are the same, not loaded a second time.
+    kernels: those that it will `use`; weights that it will keep in 8 bits are read to the CPU.
 
     Raises InputError for weights that are missing, misshapen or not finite.
     """
@@ -143,17 +153,17 @@ def with_denoiser(
         return make(load_part(kind, where, family.denoiser, revision=revision, dtype=dtype, device=device))
     denoiser = empty_denoiser(family, where, revision)
     made = make(denoiser)
-    if beside is not None and beside.lends(family, where, revision, dtype, device):
+    if beside is not None and beside.lends(family, where, revision, dtype, device, kernels.quantize):
         lend(beside.transformer, denoiser)
         denoiser.to(device).eval()
         return made
     kept = tuple(denoiser._keep_in_fp32_modules or ())
     with opened(denoiser_files(where, family.denoiser, revision)) as tensors:
         fill(
-            denoiser, tensors, f"{where}: {family.denoiser}", device=device,
+            denoiser, tensors, f"{where}: {family.denoiser}", device=kernels.home(device),
             dtype=lambda name: torch.float32 if set(kept) & set(name.split(".")) else dtype,
         )  # fmt: skip
-    denoiser.to(device)  # what is in no file
+    denoiser.to(kernels.home(device))  # what is in no file
     denoiser.eval()
     return made
 

@@ -21,6 +21,7 @@ from drmcli.config import local_or_hub
 from drmcli.errors import InputError
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.parts import load_denoiser
+from drmcli.quantize import refuse_learning
 
 
 class Policy:
@@ -28,7 +29,7 @@ class Policy:
 
     lora: None trains all weights. keep_reference: with all weights trained, keep a copy of the first ones (a LoRA is switched off instead).
     ema_decay: of a moving average, 0 is without. keep_old: a second policy that follows the first by `follow` and draws the samples
-    (DiffusionNFT). Raises InputError for LoRA targets that are not there.
+    (DiffusionNFT). Raises InputError for LoRA targets that are not there, and for all weights of a generator that keeps them in 8 bits.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Policy:
         keep_old: bool = False,
         gradient_checkpointing: bool = False,
     ):
+        if lora is None:
+            refuse_learning(generator.kernels.quantize, "a policy without a LoRA")
         self.generator, self.lora, self.guidance_scale = generator, lora, guidance_scale
         self.negative = generator.encode_negative("", guidance_scale)
         self.dtype = next(generator.transformer.parameters()).dtype

@@ -58,6 +58,7 @@ class CutDenoiser(nn.Module):
             raise InputError(f"--set tap_layers: {taps} for {keep} kept blocks", hint=f"count from 0 to {keep - 1}")
         self.taps = taps
         self.transformer = transformer
+        self.kernels = PLAIN
         self.family.cut(transformer, max(taps) + 1)
 
     @property
@@ -106,7 +107,8 @@ class CutDenoiser(nn.Module):
 
     def ready(self: M, kernels: Kernels, device: torch.device | str) -> M:
         """This model with its blocks computed by these kernels, frozen and on its device. Raises what `Kernels.use` does."""
-        kernels.use(self.transformer, self.family)
+        kernels.use(self.transformer, self.family, device)
+        self.kernels = kernels
         return self.eval().requires_grad_(False).to(device)
 
     def share_blocks(self, generator: Generator) -> None:
@@ -263,7 +265,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
                 patterns = ["config.json", "model.safetensors", "README.md"]
                 where = Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, **options))
-            model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device, beside)
+            model = _loaded(cls, where, f"{flag} {model_id}", dtype, base_dtype or dtype, device, beside, kernels)
         return model.ready(kernels, device)
 
     @classmethod
@@ -333,6 +335,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
                 components=("text", "vae"),
                 text_encoder_3=c.text_encoder_3,
                 max_sequence_length=c.max_sequence_length,
+                kernels=self.kernels,
                 beside=beside,
                 flag="base_model",
             )
@@ -391,6 +394,7 @@ def _loaded(
     base_dtype: torch.dtype,
     device: torch.device | str,
     beside: Generator | None,
+    kernels: Kernels,
 ) -> RewardModel:
     """The model that a folder holds; a backbone that was not trained comes from the base pipeline. where: for the errors."""
     config = read_config(folder, where)
@@ -406,7 +410,7 @@ def _loaded(
             base = local_or_hub(config.base_model, f"{where}: base_model")
             model = with_denoiser(
                 lambda denoiser: cls(config, denoiser), family, base, revision=config.base_revision, dtype=base_dtype, device=device,
-                beside=beside,
+                beside=beside, kernels=kernels,
             )  # fmt: skip
         with weightless():
             model.set_trainable()
@@ -417,6 +421,7 @@ def _loaded(
         check_shapes({name: stored.shape for name, stored in tensors.items()}, expected, where)
         formats = {True: torch.float32, False: dtype}
         fill(
-            model, tensors, where, dtype=lambda name: formats[name.startswith("head.")], device=device, only=expected.keys()
+            model, tensors, where, dtype=lambda name: formats[name.startswith("head.")], device=kernels.home(device),
+            only=expected.keys(),
         )  # fmt: skip
     return model

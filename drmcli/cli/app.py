@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -110,6 +111,9 @@ def invoke(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices on import are not ours to show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.getLogger("torch.utils._pytree").setLevel(
+        logging.ERROR
+    )  # nor PyTorch's of torchao, which others import too
     if sys.stderr is None:  # closed: nothing can be said there
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     out = Stdout(sys.stdout)

@@ -199,6 +199,7 @@ def show_warnings() -> None:
 
     warnings.simplefilter("always", DrmWarning)
     warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")  # of metadata; a damaged picture is an error of ours
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # of merging, which drm does not do
     warnings.showwarning = show
 
 

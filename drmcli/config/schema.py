@@ -49,6 +49,8 @@ class Common:
     """Attention kernels; sdpa is PyTorch's own, others by diffusers' names: native, flash, _flash_3, flex, sage, xformers, ..."""
     compile: bool = False
     """Compile the models' blocks with torch.compile: quicker passes after minutes of compiling; batches of any size share a program."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for frozen weights of the models' blocks and text encoders, by torchao: half of bf16's memory; none keeps them as they are."""
     resolution: Pixels | None = None
     """Side of the square that images are cropped and resized to, pixels; None is the generator's own size."""
     resume: bool = True

@@ -53,5 +53,7 @@ class Serve:
     """Attention kernels; sdpa is PyTorch's own, others by diffusers' names: native, flash, _flash_3, flex, sage, xformers, ..."""
     compile: bool = False
     """Compile the models' blocks with torch.compile: quicker passes after minutes of compiling; batches of any size share a program."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for frozen weights of the models' blocks and text encoders, by torchao: half of bf16's memory; none keeps them as they are."""
     resolution: Pixels | None = None
     """Side of the square that pictures are cropped and resized to, pixels; None is the reward model's own."""

@@ -24,6 +24,7 @@ from drmcli.fitting import MAX_BATCH, SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_device, pick_dtype
 from drmcli.kernels import Kernels, check_trainable
 from drmcli.policy import Policy
+from drmcli.quantize import refuse_learning
 from drmcli.recipes.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
 from drmcli.refresh import Memory
 from drmcli.results import Parts
@@ -134,6 +135,8 @@ def check_config(config: Grpo) -> None:
             hint="use --dtype bf16 or fp32",
         )
     check_trainable(config.attention)
+    if config.train == "full":
+        refuse_learning(config.quantize, "--train full")
     if bool(config.refresh_every) != bool(config.refresh_by):
         raise InputError(
             "--refresh-every: needs a scorer by --refresh-by, and the other way round",

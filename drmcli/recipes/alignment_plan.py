@@ -101,13 +101,14 @@ def memory_plan(config: Grpo, known: Known, device: torch.device) -> dict[str, A
         mixed=mixed,
         ema=config.ema_decay > 0,
         guided=guided,
+        bits=config.quantize,
     )
-    shared: dict[str, Any] = {"size": (side, side), "dtype": mixed}
+    shared: dict[str, Any] = {"size": (side, side), "dtype": mixed, "bits": config.quantize}
     many = max(config.prompts_per_update * config.group_size, config.eval_prompts * config.eval_seeds)
     count = min(config.max_batch, many)
     other = encoders(
         known, mixed, prompts=1, encode=0, decode=count, size=(side, side), t5=config.text_encoder_3,
-        tiling=config.vae_tiling,
+        tiling=config.vae_tiling, bits=config.quantize,
     )  # fmt: skip
     beside, drawing = other.models, other.passes
     _, drawing["velocity"] = generator_pass(

@@ -15,6 +15,7 @@ from drmcli.fitting import at_once, tile
 from drmcli.footprint import Footprint, bytes_of, generator_pass, reward_pass, text_pass, vae_passes
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.hub import explained
+from drmcli.quantize import saving
 from drmcli.recipes.plan import Known, describe
 from drmcli.reward_config import RewardConfig, read_config
 from drmcli.sampling import Search
@@ -52,15 +53,16 @@ def encoders(
     size: tuple[int, int],
     t5: bool,
     tiling: str = "auto",
+    bits: str = "none",
 ) -> Footprint:
     """A pipeline's models beside the denoiser, and their passes over so many prompts and pictures.
 
-    size: of the latents; tiling: does the VAE work on tiles?
+    size: of the latents; tiling: does the VAE work on tiles? bits: `Kernels.quantize`, of the text encoders.
     """
     parts = {name: part for name, part in known.parts(dtype).items() if t5 or name != "text_encoder_3"}
-    models = {name: bytes_of(part) for name, part in parts.items()}
+    models = {name: encoder_bytes(known, name, part, bits) for name, part in parts.items()}
     texts = [
-        text_pass(part, prompts=prompts, tokens=known.max_sequence_length)
+        text_pass(part, prompts=prompts, tokens=known.max_sequence_length, bits=bits)
         for name, part in parts.items()
         if name in known.family.text
     ]
@@ -76,14 +78,29 @@ def encoders(
     return Footprint(models, passes)
 
 
+def encoder_bytes(known: Known, name: str, part: Any, bits: str) -> int:
+    """Of a part of a pipeline beside its denoiser: its text encoders are kept in 8 bits where the blocks are."""
+    return bytes_of(part) - (saving([part], bits)[0] if name in known.family.text else 0)
+
+
 def of_scoring(
-    reward: RewardConfig, dtype: torch.dtype, *, resolution: int | None, prompts: int, encode: int, score: int
+    reward: RewardConfig,
+    dtype: torch.dtype,
+    *,
+    resolution: int | None,
+    prompts: int,
+    encode: int,
+    score: int,
+    bits: str,
 ) -> Footprint:
     """A reward model with the encoders of its base, for so many prompts and pictures at once."""
     known = base_of(reward)
     side = known.latent_side(resolution or reward.resolution)
-    made = encoders(known, dtype, prompts=prompts, encode=encode, decode=0, size=(side, side), t5=reward.text_encoder_3)
-    weights, one = reward_pass(reward, count=score, size=(side, side), tokens=known.prompt_tokens, dtype=dtype)
+    size = (side, side)
+    made = encoders(
+        known, dtype, prompts=prompts, encode=encode, decode=0, size=size, t5=reward.text_encoder_3, bits=bits
+    )
+    weights, one = reward_pass(reward, count=score, size=size, tokens=known.prompt_tokens, dtype=dtype, bits=bits)
     return Footprint({"reward model": weights, **made.models}, {**made.passes, "score": one})
 
 
@@ -96,7 +113,7 @@ def of_score(config: Score) -> dict[str, Any]:
     count = min(config.batch_size, len(config.images))
     made = of_scoring(
         reward, pick_dtype(config.dtype, device), resolution=config.resolution, encode=count, score=count,
-        prompts=min(config.batch_size, len(set(config.prompts))),
+        prompts=min(config.batch_size, len(set(config.prompts))), bits=config.quantize,
     )  # fmt: skip
     return {"memory": made.to_dict(cuda=device.type == "cuda")}
 
@@ -114,7 +131,7 @@ def of_bench(config: Bench) -> dict[str, Any]:
             continue
         made = of_scoring(
             reward, dtype, resolution=config.resolution, prompts=config.encode_batch_size,
-            encode=config.encode_batch_size, score=config.batch_size,
+            encode=config.encode_batch_size, score=config.batch_size, bits=config.quantize,
         )  # fmt: skip
         made.gone["score"] = tuple(
             name for name in made.models if name == "vae" or (name != "reward model" and config.prompt_cache != "live")
@@ -131,10 +148,10 @@ def of_sample(config: Sample, known: Known, search: Search, pictures: int, size:
     together = max(1, min(config.batch_size, pictures))
     drawn, scored = widest(search, trace=config.trace)
     guided = known.family.guides(known.transformer, config.guidance_scale)
-    shared: dict[str, Any] = {"size": size, "dtype": dtype}
+    shared: dict[str, Any] = {"size": size, "dtype": dtype, "bits": config.quantize}
     made = encoders(
         known, dtype, prompts=min(together, len(set(config.prompts)) or 1), encode=0, decode=together,
-        size=size, t5=config.text_encoder_3, tiling=config.vae_tiling,
+        size=size, t5=config.text_encoder_3, tiling=config.vae_tiling, bits=config.quantize,
     )  # fmt: skip
     count = min(config.max_batch, together * drawn) * (2 if guided else 1)
     weights, one = generator_pass(known.family, known.transformer, count=count, tokens=known.prompt_tokens, **shared)
@@ -171,7 +188,11 @@ def own_encoders(reward: RewardConfig, config: Grpo | Sample, known: Known, dtyp
     there = {name for name in known.makers() if config.text_encoder_3 or name != "text_encoder_3"}
     needed = {n: part for n, part in base.parts(dtype).items() if reward.text_encoder_3 or n != "text_encoder_3"}
     one, other = (known.where, known.revision), (base.where, base.revision)
-    own = {n: bytes_of(part) for n, part in needed.items() if n not in there or not same_part(one, other, n)}
+    own = {
+        n: encoder_bytes(base, n, part, config.quantize)
+        for n, part in needed.items()
+        if n not in there or not same_part(one, other, n)
+    }
     text = set(base.family.text)
     same = not own.keys() & text and there & text == needed.keys() & text
     return {} if same and known.max_sequence_length == base.max_sequence_length else own

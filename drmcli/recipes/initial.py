@@ -12,6 +12,7 @@ import torch
 
 from drmcli.config import TrainReward
 from drmcli.errors import InputError
+from drmcli.quantize import refuse_learning
 from drmcli.reward import RewardModel
 
 FRESH = ("pretrained", "random")
@@ -31,6 +32,17 @@ STORED = {
 def learns(config: TrainReward) -> str:
     """What of the backbone learns: full, lora or frozen; `head` is another word for the last."""
     return "frozen" if config.backbone == "head" else config.backbone
+
+
+def check_frozen(config: TrainReward) -> None:
+    """Raises InputError where weights that learn, or that are split over processes, are to be kept in 8 bits."""
+    if learns(config) == "full":
+        refuse_learning(config.quantize, "--backbone full")
+    if config.shard and config.quantize != "none":
+        raise InputError(
+            f"--quantize {config.quantize}: weights in 8 bits cannot be split over processes (--set shard=true)",
+            hint="use one of the two",
+        )
 
 
 def make_model(config: TrainReward, frozen: torch.dtype = torch.float32) -> RewardModel:

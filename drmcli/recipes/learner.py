@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from drmcli.config import TrainReward
 from drmcli.data.batches import Batch
 from drmcli.errors import RunError
 from drmcli.flow import add_noise
 from drmcli.losses import bradley_terry, thurstone
+from drmcli.quantize import names_of_frozen
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoint, load_optimizer, optimizer_tensors
 from drmcli.recipes.launch import agreed
@@ -73,6 +75,7 @@ class Learner:
         if config.shard:
             self.optimizer = accelerator.prepare(optimizer)
         else:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names_of_frozen(model))
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema: EMAModel | None = None

@@ -29,9 +29,10 @@ from drmcli.fingerprints import of_parts
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.hub import explained
-from drmcli.kernels import Kernels
+from drmcli.kernels import PLAIN, Kernels
 from drmcli.noise import score_clean
 from drmcli.parts import denoiser_config, quiet_libraries, read_index
+from drmcli.quantize import marked
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes
@@ -76,6 +77,7 @@ class LazyGenerator:
             dtype=dtype,
             text_encoder_3=c.text_encoder_3,
             max_sequence_length=c.max_sequence_length,
+            kernels=PLAIN if reward.own_encoders else reward.kernels,
         )
         if reward.own_encoders:
             made._loaded = reward.generator()
@@ -98,7 +100,9 @@ class LazyGenerator:
         facts = [
             (of_parts(self.ref, self.options["revision"], ["vae"], flag=self.flag), kind),
             (
-                of_parts(self.ref, self.options["revision"], text, flag=self.flag),
+                marked(
+                    of_parts(self.ref, self.options["revision"], text, flag=self.flag), self.options["kernels"].quantize
+                ),
                 kind,
                 self.options["max_sequence_length"],
             ),

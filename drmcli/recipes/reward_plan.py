@@ -11,7 +11,7 @@ from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_training
 from drmcli.recipes.data_plan import training_data
 from drmcli.recipes.hours import of_train_reward
-from drmcli.recipes.initial import learns
+from drmcli.recipes.initial import check_frozen, learns
 from drmcli.recipes.pairs import MADE, parse_ratio
 from drmcli.recipes.plan import describe_generator
 from drmcli.reward_config import RewardConfig
@@ -28,6 +28,7 @@ def pictures_in(config: TrainReward, pairs: int) -> int:
 def plan(config: TrainReward) -> dict[str, Any]:
     """What `--dry-run` prints: sizes, memory with and without gradient checkpointing, what would be downloaded."""
     check_sizes(config, 1)
+    check_frozen(config)
     known = describe_generator(config)
     rounds, pairs = micro_batches(config, 1)
     settings = RewardConfig(
@@ -51,6 +52,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
         tokens=known.prompt_tokens,
         mixed=pick_dtype(config.dtype, device),
         ema=config.ema_decay > 0,
+        bits=config.quantize,
         device_type=device.type,
     )
     facts = training_data(config).facts(config, known, side)

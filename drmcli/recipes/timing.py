@@ -27,6 +27,7 @@ from drmcli.generator import pick_device, pick_dtype
 from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import fill_at_random, skeleton, weightless
 from drmcli.memory import blank_states
+from drmcli.quantize import linears, quantize
 from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.plan import Known
@@ -121,24 +122,41 @@ def random_reward(
     with weightless():
         model.set_trainable()
     learns = {name for name, p in model.named_parameters() if p.requires_grad or name.startswith("head.")}
+    fill_frozen(model.blocks, dtype, device, kernels)
     fill_at_random(model, device=device, dtype=lambda name: torch.float32 if name in learns else dtype)
-    kernels.use(model.transformer, model.family)
+    kernels.use(model.transformer, model.family, device)
     return model
 
 
 def random_denoiser(known: Known, dtype: torch.dtype, device: torch.device, kernels: Kernels = PLAIN) -> Any:
     """A generator's denoiser with random weights."""
     kind: Any = known.family.denoiser_class
-    model = random_model(lambda: kind.from_config(known.transformer), dtype, device)
-    kernels.use(model, known.family)
+    model = random_model(
+        lambda: kind.from_config(known.transformer), dtype, device, kernels, lambda model: known.family.blocks(model)
+    )
+    kernels.use(model, known.family, device)
     return model
 
 
-def random_model(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """What `make` makes with random weights, frozen."""
+def random_model(
+    make: Callable[[], Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels = PLAIN,
+    blocks: Callable[[Any], list[nn.Module]] = lambda model: [model],
+) -> Any:
+    """What `make` makes with random weights, frozen; blocks: what of it is kept in 8 bits where the kernels say so."""
     model = skeleton(make)
+    fill_frozen(blocks(model), dtype, device, kernels)
     fill_at_random(model, device=device, dtype=lambda name: dtype)
     return model.eval().requires_grad_(False)
+
+
+def fill_frozen(blocks: list[nn.Module], dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
+    """Random weights where they are to be kept in 8 bits, so at once: the device never holds more than one of them in full."""
+    for linear in [m for block in blocks for m in linears(block)] if kernels.quantize != "none" else ():
+        fill_at_random(linear, device=device, dtype=lambda name: dtype)
+        quantize([linear], kernels.quantize, device)
 
 
 def velocity(family: Family, model: nn.Module, state: tuple[Any, ...]) -> Tensor:
@@ -169,7 +187,7 @@ def encoding(
             per_picture = _vae_seconds(known, makers["vae"], size, pictures, dtype, device)
     for name, make in makers.items() if prompts else ():
         if name in known.family.text and (t5 or name != "text_encoder_3"):
-            model = random_model(make, dtype, device)
+            model = random_model(make, dtype, device, Kernels.of(config, device))
             with torch.no_grad():
                 per_prompt += seconds(lambda: read_ids(model, prompts, known.max_sequence_length), device) / prompts  # noqa: B023
             del model

@@ -26,9 +26,10 @@ from drmcli.generator import pick_dtype
 from drmcli.kernels import Kernels, check_trainable
 from drmcli.measure.protocols import Accuracy, Pairs, accuracy
 from drmcli.memory import store_frozen_in
+from drmcli.quantize import refuse_learning
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoints
-from drmcli.recipes.initial import learns, make_model
+from drmcli.recipes.initial import check_frozen, learns, make_model
 from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.pairs import (
@@ -63,6 +64,7 @@ def run(config: TrainReward, reporter: Reporter = SILENT) -> dict[str, Any]:
             raise InputError(
                 "--no-cache: several processes share what they encode", hint="name a folder with --cache-dir"
             )
+        check_frozen(config)
         frozen = pick_dtype(config.dtype, accelerator.device)
         kernels = Kernels.of(config, accelerator.device)
         if learns(config) != "frozen":
@@ -70,9 +72,11 @@ def run(config: TrainReward, reporter: Reporter = SILENT) -> dict[str, Any]:
         model = make_model(
             config, frozen
         )  # first: encoding takes long, and a model that does not fit should be said before
+        if model.config.backbone == "full":
+            refuse_learning(config.quantize, f"--init {config.init} saves a whole backbone, which")
         sets, ratios, held_out = encoded_data(config, accelerator, folder)
-        kernels.use(model.transformer, model.family)
         store_frozen_in(model, frozen)
+        kernels.use(model.transformer, model.family, accelerator.device)
         training = Training(config, accelerator, folder, held_out)
         learner = Learner(config, accelerator, model, training.resume())
         with Interruptions() as interruptions:

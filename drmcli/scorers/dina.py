@@ -235,7 +235,7 @@ def load(
         )  # fmt: skip
         model = with_denoiser(
             lambda denoiser: DiNaLRM(config, denoiser, settings["reward_head"]), family, base, revision=None, dtype=dtype, device=device,
-            beside=beside,
+            beside=beside, kernels=kernels,
         )  # fmt: skip
         model.load_head(folder / HEAD, name)
         if settings["use_lora"]:

@@ -267,7 +267,8 @@ def load(
         )  # fmt: skip
         projections = read_projections(folder / PROJECTIONS, where)
         model = with_denoiser(
-            lambda unet: LRM(config, unet, projections), FAMILY, str(folder), revision=None, dtype=dtype, device=device
+            lambda unet: LRM(config, unet, projections), FAMILY, str(folder), revision=None, dtype=dtype, device=device,
+            kernels=kernels,
         )  # fmt: skip
         model.load_texts(folder, base, own_vae, large, projections, where, dtype, device)
     return model.ready(kernels, device)

@@ -27,6 +27,7 @@ def label(
     compile_: Annotated[
         bool | None, typer.Option("--compile", help="Compile the blocks of --active with torch.compile.")
     ] = None,
+    quantize: Annotated[str | None, typer.Option(help="8 bits for the weights of --active: none, int8 or fp8.")] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -48,7 +49,7 @@ def label(
     from drmcli.recipes import data_label as recipe
 
     options = {"folder": folder, "port": port, "host": host, "active": active, "limit": limit, "seed": seed}
-    options |= {"device": device, "dtype": dtype, "attention": attention, "compile": compile_}
+    options |= {"device": device, "dtype": dtype, "attention": attention, "compile": compile_, "quantize": quantize}
     resolved = configs.resolve("data-label", flags=options)
     result = sys.stdout  # while the screen is open, stdout is stderr
     with Screen(quiet=quiet or as_json) as screen:

@@ -70,3 +70,5 @@ class DataLabel:
     """Attention kernels of --active; sdpa is PyTorch's own, others by diffusers' names."""
     compile: bool = False
     """Compile the blocks of --active with torch.compile: quicker passes after minutes of compiling; batches of any size share a program."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for the weights of --active and of its text encoders, by torchao: half of bf16's memory; none keeps them as they are."""

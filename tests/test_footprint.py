@@ -188,3 +188,15 @@ def test_a_cache_that_cannot_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(data_plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     plan = train_reward.plan(resolve("train-reward", flags={"prompt_cache": "disk"}))
     assert "more than is free" in plan["beware"]
+
+
+def test_live_prompts_need_their_encoders_beside_training(generator_folder: Path) -> None:
+    """Encoded live, the text encoders stay: the plan is larger by their real bytes, and names them."""
+    disk, live = (train_reward.plan(resolve("train-reward", flags={"prompt_cache": where, "no_cache": where == "live"}))["memory"]
+                  for where in ("disk", "live"))  # fmt: skip
+    pipe = Generator.load(str(generator_folder)).pipe
+    real = {name: sum(p.numel() * 4 for p in getattr(pipe, name).parameters()) for name in live["beside"]}
+    assert not disk["beside"] and set(real) == {"text_encoder", "text_encoder_2"}
+    assert live["beside"] == pytest.approx(real, rel=0.01)
+    for total in ("total", "total_checkpointed"):
+        assert live[total] - disk[total] == sum(live["beside"].values())

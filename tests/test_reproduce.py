@@ -77,6 +77,50 @@ def test_a_plan(drm: Callable[..., Outcome]) -> None:
     plan = drm("reproduce", "--only", "sampling", "--dry-run", "--json").json["plan"]
     assert plan["sampling"] == "192 pictures for k = 1, 2, 4, 6"
     assert "rl" not in plan
+    assert [row["experiment"] for row in plan["experiments"]] == [
+        f"sample --stepwise --beams {k}" for k in (1, 2, 4, 6)
+    ]
+    sizes = [row["memory"] for row in plan["experiments"]]
+    assert sizes == sorted(sizes) and 1e6 < sizes[0] < 1e9
+    assert all(row["hours"] is None for row in plan["experiments"]) and "not timed" in plan["hours"]
+
+
+def test_a_plan_with_hours(drm: Callable[..., Outcome]) -> None:
+    """Gigabytes and hours of a part: so many alignments as are run, each twice as long with twice the updates."""
+    plans = [
+        drm("reproduce", "--only", "rl", "--set", f"updates={n}", "--set", "timing=on", "--dry-run", "--json").json[
+            "plan"
+        ]
+        for n in (2, 4)
+    ]
+    a, b = ({row["experiment"]: row for row in plan["experiments"]} for plan in plans)
+    assert {name: row["times"] for name, row in a.items()} == {
+        "grpo, flow-grpo": 3, "grpo, step-grpo": 1, "sample, of each generator": 5
+    }  # fmt: skip
+    assert all(row["hours"] > 0 and row["memory"] > 1e6 for row in [*a.values(), *b.values()])
+    assert float(plans[0]["hours"].split()[0]) == pytest.approx(sum(row["hours"] for row in a.values()), rel=0.01)
+
+
+def test_a_plan_of_the_paper(drm: Callable[..., Outcome]) -> None:
+    """Without its model, data and prompts: planned from the published config, and what is missing is said."""
+    plan = drm(
+        "reproduce",
+        "--preset",
+        "paper",
+        "--dry-run",
+        "--json",
+        "--device",
+        "cpu",
+        "--only",
+        "rl",
+        "--only",
+        "sampling",
+        "--set",
+        "beams=[4]",
+    ).json["plan"]
+    found = {row["experiment"]: row for row in plan["experiments"]}
+    assert plan["left out without --prompts FILE and --eval-prompts FILE"] == "rl, sampling"
+    assert found["grpo, step-grpo"]["memory"] > found["sample --stepwise --beams 4"]["memory"] > 10e9
 
 
 def test_diversity_is_the_mean_difference_of_pixels(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
     console.print(config_yaml)
     console.print("plan (nothing was written)", style="bold")
     for key, value in values.items():
-        if key != "memory" and not (key == "hours" and isinstance(value, dict)):
+        if key not in ("memory", "experiments") and not (key == "hours" and isinstance(value, dict)):
             console.print(f"  {key}: {value}")
     memory = values.get("memory")
     if memory and "passes" in memory:
@@ -46,6 +46,18 @@ def plan(command: str, config_yaml: str, values: dict[str, Any]) -> None:
         console.print(made)
     if isinstance(values.get("hours"), dict):
         timetable(values["hours"])
+    if "experiments" in values:
+        experiments(values["experiments"])
+
+
+def experiments(rows: list[dict[str, Any]]) -> None:
+    """Kinds of experiments: how many, GPU memory as the preset is set, hours of all."""
+    made = table("\nexperiments", "", "runs", "GiB", "hours")
+    for row in rows:
+        size, hours = row["memory"], row["hours"]
+        told = row.get("lacks") or ("not timed" if hours is None else f"{hours:.3g}")
+        made.add_row(row["experiment"], str(row["times"]), "" if size is None else gib(size), told)
+    stdout().print(made)
 
 
 def timetable(found: dict[str, Any]) -> None:

@@ -7,14 +7,14 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from drmcli.config.schema import Common, Positive, Sigma, strict
+from drmcli.config.schema import Common, Positive, Sigma, Timed, strict
 
 Part = Literal["reward", "rl", "sampling"]
 PARTS: tuple[Part, ...] = ("reward", "rl", "sampling")
 
 
 @dataclass(config=strict, kw_only=True)
-class Reproduce(Common):
+class Reproduce(Common, Timed):
     """`drm reproduce`."""
 
     only: list[Part] = Field(default_factory=lambda: list(PARTS), min_length=1)

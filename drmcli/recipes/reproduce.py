@@ -12,7 +12,6 @@ Three parts, each the tables of the paper that it makes:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +30,7 @@ from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.kernels import Kernels
 from drmcli.measure import paper
 from drmcli.measure.intervals import mean_ci
+from drmcli.recipes import reproduce_plan
 from drmcli.recipes.generated import Part
 from drmcli.report import Report
 from drmcli.run import SILENT, Reporter, Run, open_run, write_text
@@ -319,28 +319,8 @@ def diversity(images: list[dict[str, Any]]) -> float | None:
 
 
 def plan(config: Reproduce) -> dict[str, Any]:
-    """What `--dry-run` prints: the experiments of every part, what they would download and where they look for data."""
-    from drmcli.recipes.plan import describe_generator
-
-    settings = resolve("train-reward", preset=config.preset, flags={"steps": config.train_steps})
-    pictures = config.num_prompts * config.num_images
-    parts: dict[str, Callable[[], str]] = {
-        "reward": lambda: (
-            f"{len(STARTS) + len(config.resolutions)} reward models of {settings.steps} steps of {settings.batch_size} pairs, each "
-            f"measured on {', '.join(config.datasets)}"
-        ),
-        "rl": lambda: (
-            f"{len(config.rewards) + 2} alignments of {config.updates or resolve('grpo', preset=config.preset).updates} updates, "
-            f"{(len(config.rewards) + 3) * pictures} pictures scored by {', '.join(map(spoken, config.scorers))}, GenEval twice"
-        ),
-        "sampling": lambda: f"{len(config.beams) * pictures} pictures for k = {', '.join(map(str, config.beams))}",
-    }
-    return {
-        "download": describe_generator(settings).download,
-        "data": ", ".join(settings.data) + (f" in {config.data_dir}" if config.data_dir else ""),
-        **{part: tell() for part, tell in parts.items() if part in config.only},
-        "hours": "not known before the first run on this machine; each experiment shows its own ETA",
-    }
+    """What `--dry-run` prints."""
+    return reproduce_plan.plan(config, len(STARTS))
 
 
 def write_report(stage: Stage) -> Path:

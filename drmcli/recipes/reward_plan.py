@@ -10,10 +10,11 @@ from drmcli.data.batches import check_sizes, micro_batches
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.memory import plan_training
 from drmcli.recipes.data_plan import training_data
+from drmcli.recipes.footprints import encoders
 from drmcli.recipes.hours import of_train_reward
 from drmcli.recipes.initial import check_frozen, learns
 from drmcli.recipes.pairs import MADE, parse_ratio
-from drmcli.recipes.plan import describe_generator
+from drmcli.recipes.plan import Known, describe_generator
 from drmcli.reward_config import RewardConfig
 from drmcli.tiny.shapes import GROUP
 
@@ -25,13 +26,9 @@ def pictures_in(config: TrainReward, pairs: int) -> int:
     return 2 * pairs
 
 
-def plan(config: TrainReward) -> dict[str, Any]:
-    """What `--dry-run` prints: sizes, memory with and without gradient checkpointing, what would be downloaded."""
-    check_sizes(config, 1)
-    check_frozen(config)
-    known = describe_generator(config)
-    rounds, pairs = micro_batches(config, 1)
-    settings = RewardConfig(
+def reward_settings(config: TrainReward, known: Known) -> RewardConfig:
+    """The reward model that a run would make."""
+    return RewardConfig(
         base_model=config.generator,
         transformer=known.transformer,
         family=known.family.name,
@@ -42,7 +39,27 @@ def plan(config: TrainReward) -> dict[str, Any]:
         backbone=learns(config),
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        max_sequence_length=config.max_sequence_length,
+        text_encoder_3=config.text_encoder_3,
     )
+
+
+def text_encoders(config: TrainReward, known: Known, side: int) -> dict[str, int]:
+    """Bytes of the text encoders by name, which stay on the device where prompts are encoded live."""
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    found = encoders(
+        known, dtype, prompts=1, encode=0, decode=0, size=(side, side), t5=config.text_encoder_3, bits=config.quantize
+    ).models
+    return {name: size for name, size in found.items() if name in known.family.text}
+
+
+def plan(config: TrainReward) -> dict[str, Any]:
+    """What `--dry-run` prints: sizes, memory with and without gradient checkpointing, what would be downloaded."""
+    check_sizes(config, 1)
+    check_frozen(config)
+    known = describe_generator(config)
+    rounds, pairs = micro_batches(config, 1)
+    settings = reward_settings(config, known)
     device = pick_device(config.device)
     side = known.latent_side(config.resolution)
     memory = plan_training(
@@ -56,6 +73,7 @@ def plan(config: TrainReward) -> dict[str, Any]:
         device_type=device.type,
     )
     facts = training_data(config).facts(config, known, side)
+    beside = text_encoders(config, known, side) if facts["prompts are"] == "live" else {}
     return {
         "steps": config.steps,
         "pairs a step": config.batch_size,
@@ -64,9 +82,10 @@ def plan(config: TrainReward) -> dict[str, Any]:
         "image tokens": math.prod(known.family.grid(known.transformer, (side, side))),
         "blocks kept": known.family.depth(known.transformer) - config.drop_layers,
         "memory": memory.to_dict()
+        | {"beside": beside}
         | {
-            "total": memory.total(checkpointed=False, cuda=device.type == "cuda"),
-            "total_checkpointed": memory.total(checkpointed=True, cuda=device.type == "cuda"),
+            name: memory.total(checkpointed=checkpointed, cuda=device.type == "cuda") + sum(beside.values())
+            for name, checkpointed in (("total", False), ("total_checkpointed", True))
         },
         "download": known.download,
         **facts,

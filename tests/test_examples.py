@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import pytest
 from conftest import write_pairs
 from PIL import Image
 
+from drmcli.config import resolve
 from drmcli.data.datasets import read
+from drmcli.recipes import grpo
+from drmcli.run import Silent
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,6 +123,19 @@ def test_the_comparison_of_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rows.loc["nft-step", "diversity"] == pytest.approx(0.75)
     assert rows.loc["nft-step", "best"] == 0.8
     assert (tmp_path / "curves.png").exists()
+
+
+def test_the_default_against_the_best_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The same run under two names: they draw the same, so the difference is 0."""
+    flags = {"out": str(tmp_path / "step-grpo-0.001-0"), "updates": 1, "prompts_per_update": 2, "group_size": 2, "steps": 3,
+             "lora_rank": 2, "eval_prompts": 2, "eval_seeds": 2, "on_hacking": "ignore", "min_std": 0.0}  # fmt: skip
+    grpo.run(resolve("grpo", flags=flags), Silent())
+    shutil.copytree(tmp_path / "step-grpo-0.001-0", tmp_path / "nft-0.001-0")
+    run("studies/compare_alignment.py", tmp_path, "--seeds", 1, "--rates", "1e-3", "--ways", "step-grpo", "nft", "--captions", 2,
+        monkeypatch=monkeypatch)  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "step-grpo less nft, judge of 8 pictures of 2 test captions" in shown
+    assert "= +0.0000 (+0.0000 to +0.0000)" in shown
 
 
 def test_every_study_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

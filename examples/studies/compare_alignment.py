@@ -11,8 +11,10 @@ validation prompts is then run with the other seeds. Printed: the judge on test 
 after; the best level on validation prompts and when it was reached; the seconds until the level that Flow-GRPO has
 after half of its time. Training seconds are those of drawing and learning alone. Diversity is the mean distance of two
 pictures of a test prompt, as a share of the start's, of all pictures and of those that the judge finds flawless (0.9
-and above). Runs are kept in the folder and go on where they stopped. Writes alignment.parquet and curves.png. Small and
-quick: --minutes 0.2 --seeds 1 --rates 2e-3 --set eval_prompts=4.
+and above). The default, step-grpo, and the best of the others then draw 96 test captions x 4 pictures with all their seeds, and
+the difference in the judge is printed with its interval, paired by caption and picture. Runs are kept in the folder and go on
+where they stopped. Writes alignment.parquet and curves.png. Small and quick: --minutes 0.2 --seeds 1 --rates 2e-3
+--captions 4 --set eval_prompts=4.
 """
 
 from __future__ import annotations
@@ -27,8 +29,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from drmcli.config import resolve
+from drmcli.measure.intervals import paired_ci
+from drmcli.recipes import sample
+from drmcli.run import Silent
+from drmcli.scorers.plain import shapes
+from drmcli.tiny import world
 
 WAYS: dict[str, list[str]] = {
     "step-grpo": [],
@@ -57,13 +67,29 @@ WAYS: dict[str, list[str]] = {
     "step-grpo, no KL": ["--kl-beta", "0"],
     "direct, no KL": ["--algorithm", "direct", "--set", "direct_steps=2", "--kl-beta", "0"],
 }
+DEFAULT = "step-grpo"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 FOREVER = 100_000
 
 
+def place(folder: Path, way: str, rate: float, seed: int) -> Path:
+    """A run's folder."""
+    return folder / f"{way.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+
+
+def judged(run_folder: Path, captions: int) -> tuple[np.ndarray, np.ndarray]:
+    """The judge [N] of what the best policy of a run draws for test captions, four pictures each, and each picture's caption [N]."""
+    prompts = list(world.captions("test"))[:captions]
+    flags = {"prompts": prompts, "num_images": 4, "reward": "none", "lora": str(run_folder / "lora"), "batch_size": 64,
+             "out": str(run_folder) + "-drawn"}  # fmt: skip
+    drawn = sample.run(resolve("sample", flags=flags), Silent())["images"]
+    judge = shapes([Image.open(row["path"]) for row in drawn], [row["prompt"] for row in drawn])
+    return np.asarray(judge), np.repeat(np.arange(len(prompts)), 4)
+
+
 def run(folder: Path, way: str, options: list[str], rate: float, seed: int, args: argparse.Namespace) -> dict:
     """One run of `drm grpo`, or what it left when it was run before."""
-    out = folder / f"{way.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    out = place(folder, way, rate, seed)
     if not (out / "summary.json").exists():
         command = [sys.executable, "-m", "drmcli", "grpo", "--out", str(out), "--seed", str(seed), "--lr", str(rate), "--quiet",
                    "--updates", str(args.updates), "--max-time", str(args.minutes), "--on-hacking", "warn", *options]  # fmt: skip
@@ -183,6 +209,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rates", nargs="*", type=float, default=list(RATES))
+    parser.add_argument("--captions", type=int, default=96, help="test captions of the last comparison")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +239,22 @@ def main() -> None:
         times = {way: [reached(s, level) for s in summaries] for way, summaries in chosen.items()}
         console.print(f"\n{rival} at half of its time ({half:.0f} s): judge {level:.3f}, mean of {args.seeds} seeds")
     console.print(seeds_table(frame, best, times, args.seeds))
+    rivals = [way for way in args.ways if way != DEFAULT]
+    if rivals and DEFAULT in args.ways:
+        after = {way: float(np.mean([summary["judge_after"] for summary in chosen[way]])) for way in rivals}
+        rival = max(rivals, key=lambda way: after[way])
+        ours, theirs = (
+            [judged(place(args.folder, way, best[way], seed), args.captions) for seed in range(args.seeds)]
+            for way in (DEFAULT, rival)
+        )
+        gap = paired_ci(
+            *(np.concatenate([judge for judge, _ in side]) for side in (ours, theirs)),
+            np.concatenate([c for _, c in ours]),
+        )
+        console.print(
+            f"\n{DEFAULT} less {rival}, judge of {gap.n} pictures of {gap.n_clusters} test captions: {gap.a:.3f} - {gap.b:.3f} ="
+            f" {gap.value:+.4f} ({gap.ci95[0]:+.4f} to {gap.ci95[1]:+.4f})"
+        )
     plot(
         args.folder / "curves.png",
         {f"{way}, lr {best[way]:g}": [curve(s) for s in some] for way, some in chosen.items()},

@@ -52,10 +52,6 @@ def refuse_learning(kind: str, flag: str) -> None:
 
 def recipe(kind: str) -> Any:
     """torchao's config of a kind. Raises MissingError where torchao is not installed or too old, or peft does not know its weights."""
-    if tuple(int(part) for part in version("peft").split(".")[:2]) < PEFT:
-        raise MissingError(
-            f"--quantize {kind}: peft {version('peft')} is too old for LoRAs on 8 bits", hint="pip install 'drmcli[quantize]'"
-        )  # fmt: skip
     loggers = [logging.getLogger(name) for name in LOUD]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -69,6 +65,10 @@ def recipe(kind: str) -> Any:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+    if tuple(int(part) for part in version("peft").split(".")[:2]) < PEFT:
+        raise MissingError(
+            f"--quantize {kind}: peft {version('peft')} is too old for LoRAs on 8 bits", hint="pip install 'drmcli[quantize]'"
+        )  # fmt: skip
     return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind](set_inductor_config=False)
 
 

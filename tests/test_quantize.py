@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_a_missing_torchao_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, 
     result = drm("sample", PROMPTS[0], "--reward", "none", "--quantize", "int8")
     assert result.code == 3 and "--quantize int8: torchao is not installed" in result.err, result.err
     assert "pip install 'drmcli[quantize]'" in result.err and "Traceback" not in result.err
+
+
+def test_a_peft_that_does_not_know_8_bits_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, drm: Callable) -> None:
+    torchao = SimpleNamespace(Float8WeightOnlyConfig=None, Int8Tensor=None, Int8WeightOnlyConfig=None)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=torchao))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
+    monkeypatch.setattr("drmcli.quantize.version", lambda name: "0.18.0")
+    result = drm("sample", PROMPTS[0], "--reward", "none", "--quantize", "int8")
+    assert result.code == 3 and "--quantize int8: peft 0.18.0 is too old" in result.err, result.err
 
 
 @pytest.mark.parametrize(

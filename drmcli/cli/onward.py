@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from drmcli.config import split_ratio
-
 Words = list[str]
 Summary = Mapping[str, Any]
 Config = Mapping[str, Any]
@@ -109,6 +107,8 @@ def _reward(ref: str, c: Config) -> Words:
 
 def _judged_by(c: Config) -> Words:
     """The reward that chose a picture; where none did, the preset's or a public one."""
+    from drmcli.config import split_ratio
+
     ref = split_ratio(c.get("reward") or "none")[0]
     if ref == "none":
         return ["--reward", "pickscore"] if _model(c) else []
@@ -117,6 +117,7 @@ def _judged_by(c: Config) -> Words:
 
 def _train_reward(s: Summary, c: Config) -> Words:
     from drmcli.cli.inputs import NO_FILES
+    from drmcli.config import split_ratio
 
     name = split_ratio(c["data"][0])[0]
     own = [] if name in NO_FILES else ["--dataset", name, *(["--data-dir", c["data_dir"]] if c.get("data_dir") else [])]

@@ -123,12 +123,6 @@ def test_the_plan_is_smaller_by_the_linear_weights(tmp_path: Path) -> None:
     assert plain - less == sum(w.numel() - 4 * len(w) for w in weights) > 0
 
 
-def test_an_old_peft_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("drmcli.quantize.version", lambda name: "0.18.1")
-    with pytest.raises(MissingError, match="peft 0.18.1 is too old"):
-        check("fp8", "bf16", torch.device("cpu"), compiled=False)
-
-
 # --- with torchao -----------------------------------------------------------------------------------------------------
 
 

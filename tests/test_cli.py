@@ -36,6 +36,22 @@ HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib"
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait(own: str | None) -> None:
+    """Set before torch is imported, which reads it once; what the user has set stays."""
+    code = """
+import os, sys
+from drmcli.cli.app import invoke
+assert invoke(["--help"]) == 0 and "torch" not in sys.modules
+print(os.environ["OMP_WAIT_POLICY"], file=sys.stderr)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
+        {"OMP_WAIT_POLICY": own} if own else {}
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.split() == [own or "PASSIVE"], done.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     """Every help page in one process, and still none of the libraries that take seconds to import."""
     code = f"""

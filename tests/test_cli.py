@@ -36,20 +36,20 @@ HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "matplotlib"
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("own", [None, "ACTIVE"])
-def test_threads_sleep_while_they_wait(own: str | None) -> None:
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_soon_sleep_while_they_wait(own: dict[str, str], spins: str) -> None:
     """Set before torch is imported, which reads it once; what the user has set stays."""
     code = """
 import os, sys
 from drmcli.cli.app import invoke
 assert invoke(["--help"]) == 0 and "torch" not in sys.modules
-print(os.environ["OMP_WAIT_POLICY"], file=sys.stderr)
+print(os.environ.get("GOMP_SPINCOUNT"), file=sys.stderr)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
-        {"OMP_WAIT_POLICY": own} if own else {}
-    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | own
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stderr.split() == [own or "PASSIVE"], done.stderr
+    assert done.stderr.split() == [spins], done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

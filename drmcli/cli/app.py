@@ -109,9 +109,10 @@ def invoke(argv: list[str]) -> int:
     from drmcli.cli.output import Stdout, show_error, show_warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Threads that spin while they wait keep from the CPU the very thread that they wait for, where other work takes a core: asleep they
-    # cost a seventh on an idle machine, and spare a step from taking five times as long on a busy one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait keep from the CPU the very thread that they wait for, where other work takes a core: a step
+    # then takes many times as long. A short spin costs nothing on an idle machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices on import are not ours to show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.getLogger("torch.utils._pytree").setLevel(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from drmcli.errors import DrmError
 from drmcli.fingerprints import of_parts
 from drmcli.generator import Generator
-from drmcli.quantize import marked
 from drmcli.reward import RewardModel
 
 
@@ -33,7 +32,7 @@ def differences(reward: RewardModel, prints: dict[str, str], length: int) -> lis
     """How the embeddings of a reward model's training differ from those of encoders with these prints, in words."""
     c = reward.config
     names = [name for name in reward.family.text if c.text_encoder_3 or not name.endswith("_3")]
-    trained = marked(of_parts(c.base_model, c.base_revision, names, flag="base_model"), reward.kernels.quantize)
+    trained = of_parts(c.base_model, c.base_revision, names, flag="base_model", bits=reward.kernels.quantize)
     facts = []
     if ("text_encoder_3" in trained) != ("text_encoder_3" in prints):
         facts.append("with T5" if "text_encoder_3" in trained else "without T5")

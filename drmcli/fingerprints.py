@@ -66,8 +66,12 @@ def decisive(files: Sequence[str]) -> list[str]:
     return plain if any(file.endswith(".safetensors") for file in plain) else read
 
 
-def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str = "--generator") -> dict[str, str]:
+def of_parts(
+    ref: str, revision: str | None, names: Sequence[str], *, flag: str = "--generator", bits: str = "none"
+) -> dict[str, str]:
     """A short hash by name for each of these parts that a pipeline has. Equal hashes: equal outputs.
+
+    bits: `Kernels.quantize`, in which all but the VAE are kept; what that computes is not what the files alone say.
 
     A part of a hub's pipeline that is not on this machine is fetched first. Raises MissingError or InputError, naming `flag`.
     """
@@ -79,7 +83,8 @@ def of_parts(ref: str, revision: str | None, names: Sequence[str], *, flag: str 
         absent = [name for name in present if not any((index.parent / name).glob("*.json"))]
         if absent and not Path(where).is_dir():
             at_hand(where, absent, revision)
-        return {name: of_folder(index.parent / name) for name in present}
+        prints = {name: of_folder(index.parent / name) for name in present}
+    return prints if bits == "none" else {n: p if n == "vae" else f"{p}-{bits}" for n, p in prints.items()}
 
 
 def same_part(one: tuple[str, str | None], other: tuple[str, str | None], name: str) -> bool:

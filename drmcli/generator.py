@@ -33,7 +33,6 @@ from drmcli.parts import (
     settle,
     sorted_parts,
 )
-from drmcli.quantize import marked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -285,18 +284,18 @@ class Generator:
             return False
         if torch.empty(0, device=device).device != mine.device:
             return False
-        return marked(of_parts(ref, revision, [name]), bits) == self.prints([name])
+        return of_parts(ref, revision, [name], bits=bits) == self.prints([name])
 
     def same_encoders(self, ref: str, revision: str | None, names: Sequence[str], bits: str) -> dict[str, Any]:
         """Those of the named parts of another pipeline that are loaded here already; bits: `Kernels.quantize`."""
-        mine, theirs = self.prints(names), marked(of_parts(ref, revision, names), bits)
+        mine, theirs = self.prints(names), of_parts(ref, revision, names, bits=bits)
         return {name: getattr(self.pipe, name) for name in names if name in mine and mine[name] == theirs.get(name)}
 
     def prints(self, names: Sequence[str] | None = None) -> dict[str, str]:
         """A short hash of what each of these parts (None: text and VAE) computes, for those that are there. See `drmcli.fingerprints`."""
         names = (*self.family.text, "vae") if names is None else names
         present = [name for name in names if getattr(self.pipe, name, None) is not None]
-        return marked(of_parts(self.ref, self.revision, present), self.kernels.quantize)
+        return of_parts(self.ref, self.revision, present, bits=self.kernels.quantize)
 
     def fingerprint(self, parts: Sequence[str]) -> str:
         """A short hash of what the named parts ("vae", "text") compute, number format and prompt length included."""

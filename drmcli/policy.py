@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -19,9 +20,36 @@ from torch import Tensor
 
 from drmcli.config import local_or_hub
 from drmcli.errors import InputError
+from drmcli.families.base import Family
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.parts import load_denoiser
 from drmcli.quantize import refuse_learning
+
+
+def start_learning(
+    transformer: Any, family: Family, lora: LoraConfig | None, *, seed: int, checkpointing: bool
+) -> list[torch.nn.Parameter]:
+    """Switch on what learns of a generator's transformer, in float32: a LoRA, or (None) all weights. Returns it.
+
+    seed: of the LoRA's first weights. Raises InputError for LoRA targets that are not there.
+    """
+    transformer.requires_grad_(lora is None)
+    if lora is not None:
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(lora)
+        except ValueError as error:
+            fact = " ".join(str(error).split())
+            hint = f"for example {list(family.lora_targets)[:4]}"
+            raise InputError(f"--set lora_targets: {fact}", hint=hint) from None
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for parameter in family.unread(transformer):
+        parameter.requires_grad_(False)
+    return [p for p in transformer.parameters() if p.requires_grad]
 
 
 class Policy:
@@ -49,30 +77,12 @@ class Policy:
         self.generator, self.lora, self.guidance_scale = generator, lora, guidance_scale
         self.negative = generator.encode_negative("", guidance_scale)
         self.dtype = next(generator.transformer.parameters()).dtype
-        self.trained = self._start_learning(lora, seed, gradient_checkpointing)
+        self.trained = start_learning(
+            generator.transformer, generator.family, lora, seed=seed, checkpointing=gradient_checkpointing
+        )
         self.first = [p.detach().clone() for p in self.trained] if keep_reference and lora is None else None
         self.old = [p.detach().clone() for p in self.trained] if keep_old else None
         self.ema = EMAModel(self.trained, decay=ema_decay) if ema_decay else None
-
-    def _start_learning(self, lora: LoraConfig | None, seed: int, checkpointing: bool) -> list[torch.nn.Parameter]:
-        transformer, family = self.generator.transformer, self.generator.family
-        transformer.requires_grad_(lora is None)
-        if lora is not None:
-            torch.manual_seed(seed)
-            try:
-                transformer.add_adapter(lora)
-            except ValueError as error:
-                fact = " ".join(str(error).split())
-                hint = f"for example {list(family.lora_targets)[:4]}"
-                raise InputError(f"--set lora_targets: {fact}", hint=hint) from None
-        if checkpointing:
-            transformer.enable_gradient_checkpointing()
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        for parameter in family.unread(transformer):
-            parameter.requires_grad_(False)
-        return [p for p in transformer.parameters() if p.requires_grad]
 
     # --- what it computes ---------------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class _Product(torch.autograd.Function):
         return grads[0] @ weight.dequantize(grads[0].dtype), None, None
 
 
-# --- plans and fingerprints -------------------------------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def saving(roots: Sequence[nn.Module], kind: str) -> tuple[int, int]:
@@ -138,8 +138,3 @@ def saving(roots: Sequence[nn.Module], kind: str) -> tuple[int, int]:
     weights = [linear.weight for root in roots for linear in linears(root)]
     less = sum(w.nbytes - w.numel() - SCALES[kind] * w.shape[0] for w in weights)
     return less, max((w.nbytes for w in weights), default=0)
-
-
-def marked(prints: dict[str, str], kind: str) -> dict[str, str]:
-    """Prints of a pipeline's parts, of which all but the VAE are kept so: what 8 bits compute is not what the files alone say."""
-    return prints if kind == "none" else {name: p if name == "vae" else f"{p}-{kind}" for name, p in prints.items()}

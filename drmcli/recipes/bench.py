@@ -327,7 +327,7 @@ def plan(config: Bench) -> dict[str, Any]:
             "dataset": config.dataset,
             "sigmas": config.sigmas,
             "noise samples": config.noise_samples,
-            "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
+            "forward passes a picture": hours.passes(config.sigmas, config.noise_samples),
             "download": known.download,
         }
         | facts

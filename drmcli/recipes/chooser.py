@@ -9,7 +9,6 @@ from drmcli.errors import InputError
 from drmcli.fingerprints import of_parts
 from drmcli.generator import Generator
 from drmcli.kernels import Kernels
-from drmcli.quantize import marked
 from drmcli.scorers import load_scorer, parse_term
 from drmcli.scorers.combine import Term
 from drmcli.scorers.drm import RewardScorer
@@ -39,9 +38,12 @@ def share_blocks(config: Sample, generator: Generator, scorers: list[Term]) -> N
         reward = scorer.model
         if reward.config.backbone != "frozen":
             why = "the reward model's backbone was trained, so it is not the generator's"
-        elif reward.generator() is not generator or marked(
-            of_parts(reward.config.base_model, reward.config.base_revision, ["transformer"], flag="base_model"),
-            reward.kernels.quantize,
+        elif reward.generator() is not generator or of_parts(
+            reward.config.base_model,
+            reward.config.base_revision,
+            ["transformer"],
+            flag="base_model",
+            bits=reward.kernels.quantize,
         ) != generator.prints(["transformer"]):
             why = f"the reward model was cut from {reward.config.base_model}"
         elif config.lora:

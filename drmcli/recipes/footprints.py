@@ -122,13 +122,9 @@ def of_bench(config: Bench) -> dict[str, Any]:
     """The plan of `drm bench` of preferences: of the model that needs most, since one is loaded at a time."""
     device = pick_device(config.device)
     cuda, dtype = device.type == "cuda", pick_dtype(config.dtype, device)
-    flags = [("--reward", config.reward), *(("--scorer", s) for s in config.scorers), ("--against", config.against)]
-    largest, others = None, []
-    for flag, ref in dict.fromkeys((f, r) for f, r in flags if r and r != "none"):
-        reward = describe_reward(ref, flag)
-        if reward is None:
-            others.append(ref)
-            continue
+    asked, others = described_scorers(config)
+    largest = None
+    for reward in asked.values():
         made = of_scoring(
             reward, dtype, resolution=config.resolution, prompts=config.encode_batch_size,
             encode=config.encode_batch_size, score=config.batch_size, bits=config.quantize,
@@ -214,6 +210,17 @@ def described_rewards(config: Grpo | Sample, *, needed: bool) -> tuple[dict[str,
         else:
             found[f"reward model {i + 1}" if config.add_rewards else "reward model"] = reward
     return found, others
+
+
+def described_scorers(config: Bench) -> tuple[dict[str, RewardConfig], list[str]]:
+    """What `drm bench` compares: reward models by their references, and scorers whose weights no plan counts.
+
+    Raises what `describe_reward` does.
+    """
+    flags = [("--reward", config.reward), *(("--scorer", s) for s in config.scorers), ("--against", config.against)]
+    asked = {ref: describe_reward(ref, flag) for flag, ref in flags if ref and ref != "none"}
+    found = {ref: reward for ref, reward in asked.items() if reward is not None}
+    return found, [ref for ref in asked if ref not in found]
 
 
 def _without(*refs: str) -> dict[str, Any]:

@@ -91,7 +91,11 @@ def train(a: Alignment, state: State, interruptions: Interruptions) -> None:
             break
 
         # Teach the reward model what the policy draws now.
-        if config.refresh_every and state.update % config.refresh_every == 0:
+        if (
+            config.refresh_every
+            and state.update % config.refresh_every == 0
+            and (state.update or config.refresh_memory)
+        ):
             refresh(a, state)
 
         # Draw for this process's share of the prompts.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from drmcli.config import Bench, Grpo, Sample, Score, TrainReward
-from drmcli.expected import expected_calls
+from drmcli.expected import expected_calls, widest
 from drmcli.flow import schedule
-from drmcli.recipes.footprints import base_of, describe_reward, described_rewards, widest
+from drmcli.recipes.footprints import base_of, describe_reward, described_rewards, described_scorers
 from drmcli.recipes.plan import Known
 from drmcli.recipes.timing import Row, decoding, drawing, encoding, hours, learning, scoring, training_step
 from drmcli.reward_config import RewardConfig
@@ -47,8 +47,7 @@ def of_train_reward(
 def of_bench(config: Bench, known: Known, facts: dict[str, Any]) -> dict[str, Any]:
     """Encoding, and the scores of every reward model that is compared."""
     side = known.latent_side(config.resolution)
-    flags = [("--reward", config.reward), *(("--scorer", s) for s in config.scorers), ("--against", config.against)]
-    asked = {ref: describe_reward(ref, flag) for flag, ref in flags if ref and ref != "none"}
+    asked, others = described_scorers(config)
 
     def rows() -> list[Row]:
         picture, prompt = encoding(
@@ -58,13 +57,13 @@ def of_bench(config: Bench, known: Known, facts: dict[str, Any]) -> dict[str, An
         made = [Row("pictures encoded", facts["pictures"], picture), Row("prompts encoded", facts["prompts"], prompt)]
         count = facts["pictures"] * passes(config.sigmas, config.noise_samples)
         for ref, reward in asked.items():
-            if reward is not None:
-                base = base_of(reward)
-                one = scoring(config, base, reward, min(config.batch_size, max(1, facts["pictures"])), (side, side))
-                made.append(Row(f"scores of {ref}", count, one))
+            one = scoring(
+                config, base_of(reward), reward, min(config.batch_size, max(1, facts["pictures"])), (side, side)
+            )
+            made.append(Row(f"scores of {ref}", count, one))
         return made
 
-    return hours(config, rows, *(ref for ref, reward in asked.items() if reward is None))
+    return hours(config, rows, *others)
 
 
 def of_score(config: Score) -> dict[str, Any]:

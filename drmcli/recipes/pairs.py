@@ -32,7 +32,6 @@ from drmcli.hub import explained
 from drmcli.kernels import PLAIN, Kernels
 from drmcli.noise import score_clean
 from drmcli.parts import denoiser_config, quiet_libraries, read_index
-from drmcli.quantize import marked
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes
@@ -100,8 +99,8 @@ class LazyGenerator:
         facts = [
             (of_parts(self.ref, self.options["revision"], ["vae"], flag=self.flag), kind),
             (
-                marked(
-                    of_parts(self.ref, self.options["revision"], text, flag=self.flag), self.options["kernels"].quantize
+                of_parts(
+                    self.ref, self.options["revision"], text, flag=self.flag, bits=self.options["kernels"].quantize
                 ),
                 kind,
                 self.options["max_sequence_length"],

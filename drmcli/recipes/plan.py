@@ -167,3 +167,9 @@ def _download(where: str, revision: str | None) -> str:
         return "not known: the hub cannot be reached"
     size = sum(f.size or 0 for f in files if "/" in f.rfilename and f.rfilename.endswith(".safetensors"))
     return f"at most {size / 1e9:.1f} GB from {where}, less what is cached"
+
+
+def as_set(settings: Any, memory: dict[str, Any]) -> int:
+    """The bytes of a memory plan with the gradient checkpointing that is set, or while pictures are drawn where that is more."""
+    kept = "total_checkpointed" if getattr(settings, "gradient_checkpointing", False) else "total"
+    return int(max(memory[kept], memory.get("total_drawing", 0)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ from typing import Any
 from drmcli.cards import spoken
 from drmcli.config import Reproduce, resolve
 from drmcli.errors import InputError, MissingError
-from drmcli.recipes.plan import describe_generator
-from drmcli.recipes.reward_plan import reward_settings
+from drmcli.recipes.plan import as_set, describe_generator
+from drmcli.recipes.reward_plan import planned_reward
 
 
 def plan(config: Reproduce, starts: int) -> dict[str, Any]:
@@ -63,8 +61,7 @@ def rows(config: Reproduce, starts: int, folder: Path) -> Iterator[dict[str, Any
     learner = resolve(
         "train-reward", preset=config.preset, flags=shared | {"steps": config.train_steps, "data_dir": config.data_dir}
     )
-    made = reward_settings(learner, describe_generator(learner))
-    (folder / "config.json").write_text(json.dumps(asdict(made)), encoding="utf-8")
+    reward = planned_reward(learner, describe_generator(learner), folder)
 
     def row(what: str, times: int, command: str, **flags: Any) -> dict[str, Any]:
         settings = resolve(command, preset=config.preset, flags=shared | flags)
@@ -83,19 +80,11 @@ def rows(config: Reproduce, starts: int, folder: Path) -> Iterator[dict[str, Any
         count = starts + len(config.resolutions)
         yield row("train-reward", count, "train-reward", steps=config.train_steps, data_dir=config.data_dir)
     if "rl" in config.only:
-        aligning = {"reward": str(folder), "updates": config.updates, "prompts": config.prompts}
+        aligning = {"reward": reward, "updates": config.updates, "prompts": config.prompts}
         yield row("grpo, flow-grpo", len(config.rewards) + 1, "grpo", algorithm="flow-grpo", **aligning)
         yield row("grpo, step-grpo", 1, "grpo", algorithm="step-grpo", **aligning)
     drawing = {"prompts": ["a prompt"] * config.num_prompts, "num_images": config.num_images}
     if "rl" in config.only:
         yield row("sample, of each generator", len(config.rewards) + 3, "sample", reward="none", **drawing)
     for k in config.beams if "sampling" in config.only else ():
-        yield row(
-            f"sample --stepwise --beams {k}", 1, "sample", reward=str(folder), mode="stepwise", beams=k, **drawing
-        )
-
-
-def as_set(settings: Any, memory: dict[str, Any]) -> int:
-    """The bytes of a memory plan with the gradient checkpointing that is set, or while pictures are drawn where that is more."""
-    kept = "total_checkpointed" if getattr(settings, "gradient_checkpointing", False) else "total"
-    return int(max(memory[kept], memory.get("total_drawing", 0)))
+        yield row(f"sample --stepwise --beams {k}", 1, "sample", reward=reward, mode="stepwise", beams=k, **drawing)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from drmcli.config import TrainReward
@@ -42,6 +45,13 @@ def reward_settings(config: TrainReward, known: Known) -> RewardConfig:
         max_sequence_length=config.max_sequence_length,
         text_encoder_3=config.text_encoder_3,
     )
+
+
+def planned_reward(config: TrainReward, known: Known, folder: Path) -> str:
+    """A folder with the config of the reward model that a run would make, for the plans of what uses it. Returns its path."""
+    settings = json.dumps(asdict(reward_settings(config, known)))
+    (folder / "config.json").write_text(settings, encoding="utf-8")
+    return str(folder)
 
 
 def text_encoders(config: TrainReward, known: Known, side: int) -> dict[str, int]:

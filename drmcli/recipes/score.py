@@ -196,7 +196,7 @@ def plan(config: Score) -> dict[str, Any]:
             "images": len(config.images),
             "prompts": len(set(prompts)),
             "sigmas": config.sigmas,
-            "forward passes a picture": sum(config.noise_samples if s > 0 else 1 for s in config.sigmas),
+            "forward passes a picture": hours.passes(config.sigmas, config.noise_samples),
         }
         | of_score(config)
         | hours.of_score(config)

@@ -27,6 +27,7 @@ from drmcli.generator import pick_device, pick_dtype
 from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import fill_at_random, skeleton, weightless
 from drmcli.memory import blank_states
+from drmcli.policy import start_learning
 from drmcli.quantize import linears, quantize
 from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.learner import Learner, Window
@@ -268,17 +269,7 @@ def learning(config: Grpo, known: Known, lora: Any, side: int) -> tuple[float, f
     device = pick_device(config.device)
     mixed, family = pick_dtype(config.dtype, device), known.family
     model = random_denoiser(known, mixed, device, Kernels.of(config, device))
-    model.requires_grad_(lora is None)
-    if lora is not None:
-        model.add_adapter(lora)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for parameter in family.unread(model):
-        parameter.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = start_learning(model, family, lora, seed=config.seed, checkpointing=config.gradient_checkpointing)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     each = 2 if family.guides(known.transformer, config.guidance_scale) else 1
     group = config.prompts_per_update * (1 if config.algorithm in ("step-grpo", "tempflow") else config.group_size)

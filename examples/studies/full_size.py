@@ -49,7 +49,7 @@ from drmcli.recipes import sample as sampling
 from drmcli.recipes.alignment import assemble
 from drmcli.recipes.launch import start_accelerator
 from drmcli.recipes.learner import Learner, Window
-from drmcli.recipes.plan import describe_generator
+from drmcli.recipes.plan import as_set, describe_generator
 from drmcli.recipes.timing import made_up_batch
 from drmcli.reward import RewardModel
 from drmcli.run import Silent, open_run
@@ -224,7 +224,7 @@ def train(size: Size, repeats: int) -> None:
     micro = [made_up_batch(config, known, pictures, pairs, known.latent_side(size.resolution)) for _ in range(rounds)]
     found = measured(lambda: learner.learn(micro, Window()), [model], size.device, repeats)
     memory = train_reward.plan(config)["memory"]
-    planned = memory["total_checkpointed" if config.gradient_checkpointing else "total"]
+    planned = as_set(config, memory)
     size.add(f"training step, {config.batch_size} pairs", "pairs", config.batch_size, found, planned)
 
 

@@ -10,12 +10,10 @@ top. A preset whose name ends in -48gb is meant to fit 48 GB, and so on; what do
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from drmcli.config import preset_names, resolve
 from drmcli.memory import FIXED
 from drmcli.recipes import bench, grpo, sample, train_reward
 from drmcli.recipes.footprints import encoders
-from drmcli.recipes.plan import Known, describe_generator, published_configs
-from drmcli.reward_config import RewardConfig
+from drmcli.recipes.plan import Known, as_set, describe_generator, published_configs
+from drmcli.recipes.reward_plan import planned_reward
 
 NOT_SIZED = ("tiny", "paper")
 """Presets without a GPU in mind, and for many."""
@@ -77,17 +75,6 @@ def room(preset: str) -> float | None:
     return float(found[1]) * 1e9 if found else None
 
 
-def write_reward(config: Any, known: Known, folder: Path) -> str:
-    """The config of the reward model that a train-reward config makes."""
-    made = RewardConfig(
-        base_model=config.generator, transformer=known.transformer, family=known.family.name, drop_layers=config.drop_layers,
-        head_width=config.head_width, backbone=config.backbone, max_sequence_length=config.max_sequence_length,
-        text_encoder_3=config.text_encoder_3,
-    )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(asdict(made)))
-    return str(folder)
-
-
 def training(preset: str, flags: dict[str, Any]) -> tuple[Any, Known, int]:
     """The config of train-reward, what is known of its generator, and bytes: while prompts and pictures are encoded, or after."""
     config = resolve("train-reward", preset=preset, flags=flags)
@@ -97,13 +84,7 @@ def training(preset: str, flags: dict[str, Any]) -> tuple[Any, Known, int]:
         known, torch.bfloat16, prompts=config.encode_batch_size, encode=config.encode_batch_size, decode=0, size=(side, side),
         t5=config.text_encoder_3,
     ).total(cuda=True)  # fmt: skip
-    return config, known, max(encoding, as_set(config, train_reward.plan(config)["memory"]))
-
-
-def as_set(config: Any, memory: dict[str, int]) -> int:
-    """The bytes of a plan with the config's gradient checkpointing, or while pictures are drawn."""
-    kept = memory["total_checkpointed" if config.gradient_checkpointing else "total"]
-    return int(max(kept, memory.get("total_drawing", 0)) + FIXED)
+    return config, known, max(encoding, as_set(config, train_reward.plan(config)["memory"]) + FIXED)
 
 
 def plan(preset: str, folder: Path, commands: Sequence[str] = COMMANDS) -> dict[str, int]:
@@ -111,7 +92,7 @@ def plan(preset: str, folder: Path, commands: Sequence[str] = COMMANDS) -> dict[
     model = resolve("train-reward", preset=preset).generator
     flags: dict[str, Any] = {"generator": published_configs(model), "dtype": "bf16", "device": "cpu"}
     learner = resolve("train-reward", preset=preset, flags=flags)
-    reward = {"reward": write_reward(learner, describe_generator(learner), folder)}
+    reward = {"reward": planned_reward(learner, describe_generator(learner), folder)}
     found: dict[str, int] = {}
     if "train-reward" in commands:
         found["train-reward"] = training(preset, flags)[2]
@@ -124,7 +105,7 @@ def plan(preset: str, folder: Path, commands: Sequence[str] = COMMANDS) -> dict[
         found["sample --stepwise"] = int(sample.plan(config)["memory"]["total"] + FIXED)
     if "grpo" in commands:
         config = resolve("grpo", preset=preset, flags=flags | reward | {"prompts": "shapes"})
-        found["grpo"] = as_set(config, grpo.plan(config)["memory"])
+        found["grpo"] = as_set(config, grpo.plan(config)["memory"]) + FIXED
     return found
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from drmcli.config import preset_names, resolve
 from drmcli.recipes import bench, grpo, sample, score, train_reward
-from drmcli.recipes.plan import published_configs
+from drmcli.recipes.plan import as_set, published_configs
 from drmcli.reward_config import RewardConfig
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
@@ -56,7 +56,7 @@ def training(folder: Path, flags: dict[str, Any]) -> Table:
             memory = module.plan(config)["memory"]
             beside = sum(memory.get("beside", {}).values())
             drawing = memory.get("total_drawing", 0)
-            total = max(drawing, memory["total_checkpointed" if config.gradient_checkpointing else "total"])
+            total = as_set(config, memory)
             cells = (memory["weights"], memory["gradients"] + memory["optimizer"] + memory["ema"], memory["activations"],
                      memory["activations_checkpointed"], beside, drawing, total)  # fmt: skip
             table.add_row(f"{command} --preset {preset}", *(f"{cell / 2**30:.1f}" if cell else "" for cell in cells))

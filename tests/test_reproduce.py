@@ -77,10 +77,10 @@ def test_a_plan(drm: Callable[..., Outcome]) -> None:
     plan = drm("reproduce", "--only", "sampling", "--dry-run", "--json").json["plan"]
     assert plan["sampling"] == "192 pictures for k = 1, 2, 4, 6"
     assert "rl" not in plan
-    assert [row["experiment"] for row in plan["experiments"]] == [
-        f"sample --stepwise --beams {k}" for k in (1, 2, 4, 6)
-    ]
-    sizes = [row["memory"] for row in plan["experiments"]]
+    trained, *drawn = plan["experiments"]
+    assert (trained["experiment"], trained["times"]) == ("train-reward", 1)  # the one that the part steers with
+    assert [row["experiment"] for row in drawn] == [f"sample --stepwise --beams {k}" for k in (1, 2, 4, 6)]
+    sizes = [row["memory"] for row in drawn]
     assert sizes == sorted(sizes) and 1e6 < sizes[0] < 1e9
     assert all(row["hours"] is None for row in plan["experiments"]) and "not timed" in plan["hours"]
 
@@ -95,7 +95,7 @@ def test_a_plan_with_hours(drm: Callable[..., Outcome]) -> None:
     ]
     a, b = ({row["experiment"]: row for row in plan["experiments"]} for plan in plans)
     assert {name: row["times"] for name, row in a.items()} == {
-        "grpo, flow-grpo": 3, "grpo, step-grpo": 1, "sample, of each generator": 5
+        "train-reward": 1, "grpo, flow-grpo": 3, "grpo, step-grpo": 1, "sample, of each generator": 5
     }  # fmt: skip
     assert all(row["hours"] > 0 and row["memory"] > 1e6 for row in [*a.values(), *b.values()])
     assert float(plans[0]["hours"].split()[0]) == pytest.approx(sum(row["hours"] for row in a.values()), rel=0.01)

@@ -76,9 +76,8 @@ def rows(config: Reproduce, starts: int, folder: Path) -> Iterator[dict[str, Any
             "hours": times * hours["total"] if isinstance(hours, dict) else None,
         }
 
-    if "reward" in config.only:
-        count = starts + len(config.resolutions)
-        yield row("train-reward", count, "train-reward", steps=config.train_steps, data_dir=config.data_dir)
+    count = starts + len(config.resolutions) if "reward" in config.only else 1  # what the other parts steer with
+    yield row("train-reward", count, "train-reward", steps=config.train_steps, data_dir=config.data_dir)
     if "rl" in config.only:
         aligning = {"reward": reward, "updates": config.updates, "prompts": config.prompts}
         yield row("grpo, flow-grpo", len(config.rewards) + 1, "grpo", algorithm="flow-grpo", **aligning)

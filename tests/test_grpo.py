@@ -194,13 +194,16 @@ def signalled(a, drawn, update):
     return learn(a, drawn, update)
 
 grpo.learn = signalled
-Accelerator.end_training = lambda self: None  # it closes the process group, which the next run needs
-for flags in json.loads(sys.argv[2]):
+runs, end = json.loads(sys.argv[2]), Accelerator.end_training
+for flags in runs:
+    # It closes the process group, which the next run needs.
+    Accelerator.end_training = end if flags is runs[-1] else lambda self: None
     try:
         done = grpo.run(resolve("grpo", flags=flags), Silent())
     except Interrupted as stop:
         done = {"interrupted": str(stop), "updates": None}
     (Path(sys.argv[1]) / f"{Path(flags['out']).name}-{rank}.json").write_text(json.dumps(done))
+assert not torch.distributed.is_initialized()
 """
 
 

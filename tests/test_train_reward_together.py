@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from test_train_reward import TINY, assert_close, weights
 
 import drmcli
 from drmcli.config import resolve
-from drmcli.errors import InputError
+from drmcli.errors import InputError, Interrupted
 from drmcli.recipes import train_reward
+from drmcli.recipes.launch import ended
 from drmcli.results import read
 from drmcli.run import Silent
 
@@ -45,14 +47,17 @@ def signalled(self, micro, window):
         os.kill(os.getpid(), signal.SIGTERM)
 
 learner.Learner.learn = signalled
-Accelerator.end_training = lambda self: None  # it closes the process group, which the next run needs
-for flags in json.loads(sys.argv[2]):
+runs, end = json.loads(sys.argv[2]), Accelerator.end_training
+for flags in runs:
+    # It closes the process group, which the next run needs.
+    Accelerator.end_training = end if flags is runs[-1] else lambda self: None
     try:
         done = train_reward.run(resolve("train-reward", flags=flags), Silent())
     except DrmError as stop:
         done = {"stopped": str(stop)}
     with (folder / f"{Path(flags['out']).name}-{rank}.jsonl").open("a") as file:
         file.write(json.dumps(done) + "\\n")
+assert not torch.distributed.is_initialized()
 """
 
 
@@ -182,6 +187,31 @@ def test_two_machines(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = summaries(tmp_path, "two")
     assert first[0]["eval_accuracy"] == second[0]["eval_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "closed"),
+    [
+        ("cpu", None, True),
+        ("cuda", None, True),
+        ("cpu", Interrupted("stopped", hint="go on"), True),
+        ("cuda", Interrupted("stopped", hint="go on"), True),
+        ("cpu", InputError("no such file", hint="look"), True),
+        ("cuda", InputError("no such file", hint="look"), False),
+        ("cpu", KeyboardInterrupt(), True),
+    ],
+)
+def test_the_group_of_processes_is_closed(device: str, error: BaseException | None, closed: bool) -> None:
+    """A process that leaves it open may abort at its exit; on GPUs the failure of one alone must not wait for the others."""
+    calls: list[str] = []
+    accelerator = SimpleNamespace(device=torch.device(device), end_training=lambda: calls.append("ended"))
+    try:
+        with ended(accelerator):  # type: ignore[arg-type]
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+    assert calls == ["ended"] * closed
 
 
 def test_nothing_to_split_over_is_said(tmp_path: Path) -> None:

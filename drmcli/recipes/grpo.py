@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 from PIL import Image
 from torch import Tensor
@@ -43,7 +44,7 @@ from drmcli.recipes.alignment_files import (
 )
 from drmcli.recipes.alignment_plan import plan as plan
 from drmcli.recipes.checkpoints import finite
-from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator, summed
+from drmcli.recipes.launch import agreed, ended, refuse_sharding, share_folder, start_accelerator, summed
 from drmcli.refresh import continue_head
 from drmcli.run import SILENT, Interruptions, Reporter, atomic_folder, guarded, open_run, seed_of
 from drmcli.sampling import Search, sample
@@ -59,6 +60,12 @@ def run(config: Grpo, reporter: Reporter = SILENT) -> dict[str, Any]:
     refuse_sharding("grpo")
     check_config(config)
     accelerator = start_accelerator(config, rounds=1)
+    with ended(accelerator):
+        return align(config, accelerator, reporter)
+
+
+def align(config: Grpo, accelerator: Accelerator, reporter: Reporter) -> dict[str, Any]:
+    """The part of this process in the run of all."""
     if config.prompts_per_update % accelerator.num_processes:
         raise InputError(
             f"--set prompts_per_update: {config.prompts_per_update} do not split over {accelerator.num_processes} processes",
@@ -354,7 +361,6 @@ def finish(a: Alignment, state: State) -> dict[str, Any]:
                     model.save_pretrained(part)  # type: ignore[operator]
         if a.config.train == "full":
             shutil.rmtree(best_folder(a))  # generator/ holds it now
-    a.accelerator.end_training()
     return summary
 
 

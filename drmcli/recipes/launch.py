@@ -7,6 +7,8 @@ through `agreed`, which all processes ask at the same place.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +24,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from drmcli.config import to_dict
-from drmcli.errors import InputError, MissingError
+from drmcli.errors import InputError, Interrupted, MissingError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.run import default_folder
 
@@ -53,6 +55,22 @@ def start_accelerator(config: Any, *, rounds: int) -> Accelerator:
         project_dir=config.out or "runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+@contextmanager
+def ended(accelerator: Accelerator) -> Iterator[None]:
+    """Trackers and the group of processes are closed when a run ends, was finished before, stops or fails.
+
+    A process that leaves the group open may abort at its exit (exit code 134 in place of its own). After an error of one process
+    alone on GPUs the group stays open: closing it would wait for what the others still send.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Interrupted) or accelerator.device.type == "cpu":
+            accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def refuse_sharding(

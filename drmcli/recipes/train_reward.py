@@ -30,7 +30,7 @@ from drmcli.quantize import refuse_learning
 from drmcli.recipes import sharding
 from drmcli.recipes.checkpoints import Checkpoints
 from drmcli.recipes.initial import check_frozen, learns, make_model
-from drmcli.recipes.launch import agreed, refuse_sharding, share_folder, start_accelerator
+from drmcli.recipes.launch import agreed, ended, refuse_sharding, share_folder, start_accelerator
 from drmcli.recipes.learner import Learner, Window
 from drmcli.recipes.pairs import (
     MADE,
@@ -52,7 +52,15 @@ __all__ = ["Batches", "check_sizes", "make_model", "micro_batches", "pictures_in
 def run(config: TrainReward, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Train a reward model. Returns what summary.json holds."""
     refuse_sharding("train-reward", hint="launch without it, and split the weights by --set shard=true")
-    accelerator = make_accelerator(config)
+    accelerator = start_accelerator(config, rounds=micro_batches(config, 1)[0])
+    with ended(accelerator):
+        return learn(config, accelerator, reporter)
+
+
+def learn(config: TrainReward, accelerator: Accelerator, reporter: Reporter) -> dict[str, Any]:
+    """The part of this process in the run of all."""
+    # One accumulation round is one optimizer step, also at the end of the data: the stream has no end.
+    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
     share_folder("train-reward", config, accelerator)
     with open_run("train-reward", config, reporter, main=accelerator.is_main_process) as folder:
         if folder.finished:
@@ -245,7 +253,6 @@ def finish(training: Training, learner: Learner, train_pairs: int) -> dict[str, 
         with guarded(folder.folder):
             training.evals.flush(learner.step)
         summary = folder.finish(summary | {"seconds": round(time.monotonic() - folder.started, 2)})
-    accelerator.end_training()
     return summary
 
 
@@ -270,13 +277,6 @@ def summarise(training: Training, by_sigma: list[dict[str, Any]], train_pairs: i
 
 
 # --- before the loop --------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(config: TrainReward) -> Accelerator:
-    """One accumulation round is one optimizer step, also at the end of the data: the stream has no end."""
-    accelerator = start_accelerator(config, rounds=micro_batches(config, 1)[0])
-    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)[0]
-    return accelerator
 
 
 def encoded_data(

@@ -188,7 +188,7 @@ class Generator:
     def preprocess(self, images: Sequence[Image.Image], resolution: int | None = None) -> Tensor:
         """RGB pictures, centre-cropped and resized to a square of `resolution` pixels: float32 [B, 3, S, S] in [-1, 1]."""
         side = resolution or self.image_size
-        check_side("--resolution", side, self.factor * self.family.patch(self.model_config))
+        check_side("--resolution", side, self.family, self.model_config, self.factor)
         return self.pipe.image_processor.preprocess(list(images), side, side, resize_mode="crop")
 
     @torch.no_grad()

@@ -90,7 +90,6 @@ def plan_training(
     tokens: int,
     mixed: torch.dtype,
     ema: bool,
-    device_type: str = "cpu",
     bits: str = "none",
 ) -> MemoryPlan:
     """The plan for a micro-batch of so many images with square latents and prompts of so many tokens.

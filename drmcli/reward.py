@@ -296,17 +296,7 @@ class RewardModel(CutDenoiser, ModelHubMixin, library_name="drmcli", tags=["rewa
         states: see `features`.
         """
         config, family = self.config.transformer, self.family
-        channels, p = family.channels(config), family.patch(config)
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise InputError(
-                f"latents of shape {list(latents.shape)}: this reward model was trained on {channels} channels",
-                hint="use a reward model whose base is the generator's",
-            )
-        if latents.shape[2] % p or latents.shape[3] % p:
-            raise InputError(
-                f"latents of {latents.shape[2]} x {latents.shape[3]}: not a multiple of the patch size {p}",
-                hint="choose another height and width",
-            )
+        check_shape(latents, family, config)
         sigma = torch.as_tensor(sigma, device=latents.device, dtype=torch.float32).expand(len(latents))
         tokens = self.features(latents, sigma, cond, states=states)
         with torch.autocast(latents.device.type, enabled=False):
@@ -425,3 +415,23 @@ def _loaded(
             only=expected.keys(),
         )  # fmt: skip
     return model
+
+
+def check_shape(latents: Tensor, family: Family, config: dict[str, Any]) -> None:
+    """Raises InputError for what is no batch of latents [B, C, H, W] of this denoiser, or none that it can place."""
+    channels, unit, largest = family.channels(config), family.patch(config), family.largest_side(config, 1)
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise InputError(
+            f"latents of shape {list(latents.shape)}: this reward model was trained on {channels} channels",
+            hint="use a reward model whose base is the generator's",
+        )
+    height, width = latents.shape[2:]
+    if height % unit or width % unit:
+        raise InputError(
+            f"latents of {height} x {width}: not a multiple of the patch size {unit}",
+            hint="choose another height and width",
+        )
+    if largest is not None and max(height, width) > largest:
+        raise InputError(
+            f"latents of {height} x {width}: the transformer knows {largest} x {largest} at most", hint="go smaller"
+        )

@@ -24,8 +24,6 @@ from drmcli.flow import STEP_RULES, Step, predict_x0, sample_step
 from drmcli.generator import Generator, PromptEmbeds
 from drmcli.losses import group_advantages
 
-ALGORITHMS = ("step-grpo", "tempflow", "flow-grpo")
-
 
 @dataclass
 class Plan:

@@ -415,7 +415,6 @@ def resample(scores: Tensor, count: int, search: Search, rngs: Sequence[torch.Ge
 Select = Callable[[Tensor, int, Search, Sequence[torch.Generator]], Tensor]
 SELECT: dict[str, Select] = {"stepwise": best, "beam": best, "halving": best, "smc": resample}
 """Who lives on, by mode: rule(scores [I, M], how many, search, rngs) -> positions [I, N']."""
-MODES = ("plain", "best-of-n", *SELECT)
 
 
 def _rows(x: Tensor, keep: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A reward for another project's GRPO loop, over HTTP: the standard library alone, no import of drmcli, torch or anything else.
 
 Start a server, `drm serve --reward runs/reward/reward --port 8000`, and give `reward_fn` to the loop: it takes a group of pictures and
-their prompts and gives a number each. Run as a script it scores files: python score_over_http.py PROMPT PICTURE...
+their prompts and gives a number each. Run as a script it scores files: python score_over_http.py
+[http://HOST:PORT] PROMPT PICTURE...
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def advantages(rewards: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    server = "http://127.0.0.1:8000"
-    if sys.argv[1].startswith("http"):
-        server = sys.argv.pop(1)
-    prompt, *files = sys.argv[1:]
+    words = sys.argv[1:]
+    server = words.pop(0) if words and words[0].startswith("http") else "http://127.0.0.1:8000"
+    if len(words) < 2:
+        sys.exit("usage: python score_over_http.py [http://HOST:PORT] PROMPT PICTURE...")
+    prompt, *files = words
     rewards = reward_fn([Path(f).read_bytes() for f in files], [prompt] * len(files), server=server)
     for file, reward, advantage in zip(files, rewards, advantages(rewards)):
         print(f"{reward:+.4f}  advantage {advantage:+.2f}  {file}")

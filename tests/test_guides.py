@@ -50,6 +50,8 @@ def test_every_command_runs(page: Path, drm: Callable[..., Outcome], tmp_path: P
         Image.open(tmp_path / f"{source}.png").save(tmp_path / f"{name}.webp")
     Image.open(tmp_path / "0-a.png").save(tmp_path / "0_0.png")
     assert file.name == "pairs.jsonl"
+    if written := re.search(r"^echo '(.+?)' > pairs.jsonl", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        file.write_text(written[1] + "\n")
     (tmp_path / "prompts.txt").write_text("a large red circle\na small green triangle on the left\n")
     for words in commands(page):
         result = drm(*words, "--quiet") if words[0] not in ("data", "config", "show") else drm(*words)

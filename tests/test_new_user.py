@@ -141,6 +141,7 @@ def parsed(words: list[str]) -> None:
     ("words", "said"),
     [
         (onward.after_check("p.jsonl", None, None, published=False), "train-reward --data p.jsonl"),
+        (onward.after_check("p.jsonl", None, None, published=False, texts=1), "bench --dataset p.jsonl"),
         (onward.after_check("hpdv2", "d", None, published=True), "bench --dataset hpdv2 --data-dir d"),
         (onward.after_check("hpdv2", "d", "train", published=True), "train-reward --data hpdv2 --data-dir d"),
         (onward.after_fetch("hpdv2", "d", "test"), "data check hpdv2 --data-dir d --split test"),

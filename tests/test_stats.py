@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from drmcli.data.datasets import DATASETS
 from drmcli.errors import InputError
 from drmcli.measure import intervals, protocols, published
 from drmcli.measure.intervals import mean_ci, paired_ci
@@ -304,12 +305,11 @@ def test_nothing_to_count_is_nan_and_bad_input_is_named() -> None:
         Pairs(np.zeros(1), np.ones(2), np.ones(2), np.ones(2), np.ones(2))
 
 
-def test_reference_protocols() -> None:
-    assert set(protocols.REFERENCE.values()) <= set(PROTOCOLS)
-    assert protocols.reference_protocol("pickapic") == "ties-half"
-    assert protocols.reference_protocol("pickapic", calibrated=True) == "pickscore-threshold"
-    assert protocols.reference_protocol("hpdv2") == "hpdv2"
-    assert protocols.reference_protocol("mine.csv") == "strict"
+def test_countable_protocols() -> None:
+    assert protocols.countable("pickscore-threshold") == "ties-half"
+    assert protocols.countable("pickscore-threshold", calibrated=True) == "pickscore-threshold"
+    assert protocols.countable("hpdv2") == "hpdv2"
+    assert protocols.countable("strict") == "strict"
 
 
 # Intervals
@@ -492,7 +492,7 @@ def test_published_figures_are_sound() -> None:
     keys = [(row.model, row.dataset, row.source) for row in published.PUBLISHED]
     assert len(set(keys)) == len(keys)
     for row in published.PUBLISHED:
-        assert row.dataset in protocols.REFERENCE and 40 < row.accuracy < 90, row
+        assert row.dataset in {*DATASETS, "shapes"} and 40 < row.accuracy < 90, row
         assert row.protocol is None or row.protocol in PROTOCOLS, row
         assert "https://" in row.source or "CVPR" in row.source, row
 

@@ -146,6 +146,7 @@ def check(
                 made.add_row(key, f"{len(value)}: {some}" if isinstance(value, list) and value else str(value or 0))
         stdout().print(made)
         if found["ok"]:
-            onward.say(onward.after_check(path, data_dir, split, published=path in DATASETS))
+            texts = found["prompts"] - found["repeated prompts"]
+            onward.say(onward.after_check(path, data_dir, split, published=path in DATASETS, texts=texts))
     if not found["ok"]:
         raise typer.Exit(1)

@@ -13,13 +13,15 @@ from drmcli.cli import options as o
 
 def label(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of `drm data make --label people`.")],
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (default: 8765).")] = None,
+    port: Annotated[int | None, typer.Option(metavar="N", help="Port; 0 takes a free one (default: 8765).")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine).")] = None,
     active: Annotated[
         str | None,
         typer.Option(metavar="SCORER", help="Ask first where this scorer is least sure."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Pairs to ask of each labeller (default: all).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Pairs to ask of each labeller (default: all).")
+    ] = None,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,

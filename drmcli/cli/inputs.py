@@ -39,6 +39,62 @@ def check(command: str, config: Any) -> None:
     )(config)
 
 
+def given(flags: dict[str, Any], sets: list[str] | None) -> set[str]:
+    """Keys that the command line names, by flag or by --set."""
+    named = {key for key, value in flags.items() if value is not None and value != []}
+    return named | {text.partition("=")[0].strip().replace("-", "_") for text in sets or []}
+
+
+OF_MODES = {
+    "beams": ("stepwise", "beam", "best-of-n", "halving", "smc"),
+    "starts": ("best-of-n", "halving", "smc", "beam"),
+    "keep": ("beam",),
+    "first_cut": ("beam",),
+    "halving_sigmas": ("halving",),
+    "branch_sigmas": ("stepwise", "beam"),
+    "branch_steps": ("stepwise", "beam"),
+    "temperature": ("smc",),
+    "budget": ("auto",),
+    "methods": ("auto",),
+}
+"""Keys of drm sample that some modes alone read."""
+OF_GENERATORS = ("lora", "prompts", "num_images", "steps", "guidance_scale", "images", "detector", "color_model")
+"""Keys of drm bench that are read where a generator draws; the last three by geneval alone."""
+OF_PAIRS = ("split", "calibration_split", "pairs", "shared_noise")
+"""Keys of drm bench that are read where pairs are judged."""
+
+
+def refuse_unread(command: str, config: Any, named: set[str]) -> None:
+    """Raises InputError for what the command line names and nothing would read: it would look as if it had been obeyed."""
+    if command == "sample" and not config.tune:
+        for key, modes in OF_MODES.items():
+            if key in named and config.mode not in modes and getattr(config, key) != 1:  # one trajectory is plain
+                raise InputError(
+                    f"{_flag(key)}: is not read by --mode {config.mode}", hint=f"use --mode {' or '.join(modes)}"
+                )
+    if command != "bench":
+        return
+    from drmcli.data.prompts import holds_prompts_only
+
+    path = package_path(config.dataset)
+    draws = config.dataset in ("geneval", "shapes-prompts") or holds_prompts_only(path)
+    unread = OF_PAIRS if config.dataset == "geneval" else (*OF_PAIRS, *OF_GENERATORS[-3:]) if draws else OF_GENERATORS
+    for key in unread:
+        if key in named:
+            geneval = key in OF_GENERATORS[-3:]
+            other = "pairs" if key in OF_PAIRS else "geneval" if geneval else "shapes-prompts or a file of prompts"
+            raise InputError(
+                f"{_flag(key)}: is not read, {config.dataset} is of {'generators' if draws else 'pairs'}",
+                hint=f"leave it out, or bench {other}",
+            )
+    if "split" in named and os.path.exists(path):
+        raise InputError(f"--split {config.split}: {config.dataset} is a file, and has no splits", hint="leave it out")
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
 def _has_scorer(command: str, config: Any) -> None:
     """Raises InputError where something must be scored and neither the command nor the preset names what scores."""
     from drmcli.scorers import SCORER_HINT
@@ -66,6 +122,8 @@ def _score(config: Any) -> None:
 
 def _bench(config: Any) -> None:
     several = [name.strip() for name in config.dataset.split(",") if name.strip()]
+    if not several:
+        raise InputError(f"--dataset {config.dataset!r}: names nothing", hint="for example --dataset shapes")
     for name in several:
         inner = os.path.join(config.data_dir or "", name)
         folder = inner if len(several) > 1 and config.data_dir and os.path.isdir(inner) else config.data_dir

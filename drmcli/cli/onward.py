@@ -54,10 +54,10 @@ def after_show(run: str, command: str, config: Config, summary: Summary | None) 
     return None if found == _show(summary) else found
 
 
-def after_check(data: str, data_dir: str | None, split: str | None, *, published: bool) -> Words:
-    """Pairs that are fine: to train on, or to measure on where they are a benchmark's test."""
+def after_check(data: str, data_dir: str | None, split: str | None, *, published: bool, texts: int = 2) -> Words:
+    """Pairs that are fine: to train on, or to measure on where they are a benchmark's test, or of one prompt text alone."""
     folder = ["--data-dir", data_dir] if data_dir else []
-    if published and split != "train":
+    if (published and split != "train") or texts < 2:  # one prompt cannot be split in trained and held out
         return ["drm", "bench", "--dataset", data, *folder]
     return ["drm", "train-reward", "--data", data, *folder]
 

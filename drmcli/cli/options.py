@@ -31,7 +31,7 @@ def run_argument(default: str) -> Any:
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Preset: tiny (default), sd35-medium, paper.",
+        help="Preset (default: tiny); `drm config list` names them.",
         rich_help_panel=MODEL,
         autocompletion=offering(lambda: presets()),  # defined below
     ),
@@ -252,6 +252,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
         command, preset=options.get("preset"), file=options.get("config"), sets=options.get("sets"), flags=flags
     )
     inputs.check(command, config)
+    inputs.refuse_unread(command, config, inputs.given(flags, options.get("sets")))
     module = "drmcli.recipes." + command.replace("-", "_")
     if options.get("dry_run"):
         plan = import_module(module).plan(config)

@@ -13,9 +13,10 @@ from drmcli.config import COMMANDS
 
 HEAD = """# Commands
 
-Every option of every command, as `drm COMMAND --help-all` shows them. A value is taken from the first that has it: flag, `--set`,
-`--config`, `--preset`, default. Every command has `--json` (one JSON object on stdout), `--quiet` (the run folder's path alone),
-`--debug` (tracebacks), `--help`.
+Every option of every command; where a help page leaves some out, `drm COMMAND --help-all` shows them. A value is taken from the first
+that has it: flag, `--set`, `--config`, `--preset`, default. Where no preset is named `tiny` is taken, which sets some keys to other values
+than the defaults below: `drm config show tiny`. Every command has `--json` (one JSON object on stdout) and `--help`; those that make a run
+have `--quiet` (the run folder's path alone) and `--debug` (tracebacks) too.
 
 `drm --install-completion` teaches the shell (bash, zsh, fish, PowerShell) to complete commands, options and values: presets, modes,
 datasets, scorers, and the runs and models under `runs/`.
@@ -50,15 +51,12 @@ def _row(param: Any) -> str | None:
     names = [*param.opts, *param.secondary_opts]
     if set(names) & EVERYWHERE:
         return None
-    shown = param.metavar or "" if param.param_type_name == "argument" else ", ".join(names)
+    shown = param.metavar or param.name.upper() if param.param_type_name == "argument" else ", ".join(names)
     if param.param_type_name == "option" and param.metavar:
         shown += f" {param.metavar}"
     text = " ".join((getattr(param, "help", None) or "").split())
-    return (
-        f"| `{shown}` | {text} |\n".replace("|people", r"\|people")
-        .replace("|PATH", r"\|PATH")
-        .replace("|none`", r"\|none`")
-    )
+    cells = (cell.replace("|", r"\|") for cell in (f"`{shown}`", text))
+    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def train_reward(s: dict[str, Any]) -> None:
     made = table(f"reward model after {s['steps']} steps, {s['eval_pairs']} held-out pairs", "sigma", "accuracy")
     for row in s["eval_by_sigma"]:
         mark = " *" if row["sigma"] == s["eval_sigma"] else ""
-        made.add_row(f"{row['sigma']:g}{mark}", f"{row['accuracy']:.1f} %")
+        made.add_row(f"{row['sigma']:g}{mark}", percent(row["accuracy"]))
     console.print(made)
     console.print(f"{s['train_pairs']} training pairs, {s['seconds']:.0f} s on {s['device']}")
     console.print(f"reward model: {s['reward']}")
@@ -114,6 +114,11 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
+def percent(value: float | None, form: str = ".1f") -> str:
+    """A share in words; a dash where there is none, as of pairs that are all ties."""
+    return "-" if value is None else f"{value:{form}} %"
+
+
 def geneval(s: dict[str, Any]) -> None:
     console = stdout()
     made = table(
@@ -126,7 +131,7 @@ def geneval(s: dict[str, Any]) -> None:
     )
     for row in s["tasks"]:
         made.add_row(
-            row["task"], str(row["n"]), str(row["correct"]), f"{row['accuracy']:.1f} %", span(row["ci95"], ".1f")
+            row["task"], str(row["n"]), str(row["correct"]), percent(row["accuracy"]), span(row["ci95"], ".1f")
         )
     console.print(made)
     if s["tasks_left_out"]:
@@ -170,7 +175,7 @@ def bench(s: dict[str, Any]) -> None:
         names = [part["dataset"] for part in s["datasets"]]
         made = table("accuracy by each dataset's own protocol, 95 % interval", "", *names)
         for row in s["table"]:
-            cells = [f"{row[n]['accuracy']:.2f} % ({span(row[n]['ci95'], '.1f')})" for n in names]
+            cells = [f"{percent(row[n]['accuracy'], '.2f')} ({span(row[n]['ci95'], '.1f')})" for n in names]
             made.add_row(spoken(row["scorer"]), *cells)
         console.print(made)
         console.print(f"every protocol, breakdown and picture is in the folders of {s['run']}")
@@ -181,7 +186,7 @@ def bench(s: dict[str, Any]) -> None:
         return generator(s)
     console = stdout()
     made = table(
-        f"{s['dataset']} {s['split']}: {s['accuracy']:.2f} % at sigma {s['sigma']:g}",
+        f"{s['dataset']} {s['split']}: {percent(s['accuracy'], '.2f')} at sigma {s['sigma']:g}",
         "protocol",
         "accuracy",
         "95 % interval",
@@ -190,7 +195,7 @@ def bench(s: dict[str, Any]) -> None:
     for name, value in s["protocols"].items():
         made.add_row(
             name,
-            f"{value:.2f} %",
+            percent(value, ".2f"),
             span(s["protocols_ci95"][name], ".1f"),
             "reference" if name == s["protocol"] else "",
         )
@@ -205,17 +210,17 @@ def bench(s: dict[str, Any]) -> None:
             gap = ("", "")
             if i:
                 p = "-" if row["p_value"] is None else f"{row['p_value']:.2g}"
-                gap = (f"{row['difference']:+.2f} ({span(row['difference_ci95'], '+.1f')})", p)
+                gap = (f"{number(row['difference'], '+.2f')} ({span(row['difference_ci95'], '+.1f')})", p)
             memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
             made.add_row(
-                f"{spoken(row['scorer'])} at {row['sigma']:g}", f"{row['accuracy']:.2f} %", span(row["ci95"], ".1f"), *gap,
+                f"{spoken(row['scorer'])} at {row['sigma']:g}", percent(row["accuracy"], ".2f"), span(row["ci95"], ".1f"), *gap,
                 f"{row['images_per_second']:.0f}", memory,
             )  # fmt: skip
         console.print(made)
     for title, rows in s["breakdown"].items():
         made = table(f"\nby {title}", title, "pairs", "accuracy", "95 % interval")
         for row in rows[:20]:
-            made.add_row(row["name"], str(row["n_pairs"]), f"{row['accuracy']:.2f} %", span(row["ci95"], ".1f"))
+            made.add_row(row["name"], str(row["n_pairs"]), percent(row["accuracy"], ".2f"), span(row["ci95"], ".1f"))
         console.print(made)
         if len(rows) > 20:
             console.print(f"... and {len(rows) - 20} more in summary.json")
@@ -228,7 +233,7 @@ def bench(s: dict[str, Any]) -> None:
         made = table(title, "model", "accuracy", "counted as ours?", "source")
         for row in shown:
             same = "yes" if row["comparable"] else row["note"] or row["protocol"] or "not stated"
-            made.add_row(row["model"], f"{row['accuracy']:.1f} %", same, row["source"])
+            made.add_row(row["model"], percent(row["accuracy"]), same, row["source"])
         console.print(made)
     if len(s["by_sigma"]) > 1:
         console.print("\naccuracy by sigma, from chance (50 %) to 100 %")
@@ -331,7 +336,7 @@ def demo(s: dict[str, Any]) -> None:
     console = stdout()
     made = table("the same budget, two starts: accuracy on held-out pairs", "sigma", "pre-trained", "random")
     for a, b in zip(s["pretrained"]["eval_by_sigma"], s["random"]["eval_by_sigma"]):
-        made.add_row(f"{a['sigma']:g}", f"{a['accuracy']:.1f} %", f"{b['accuracy']:.1f} %")
+        made.add_row(f"{a['sigma']:g}", percent(a["accuracy"]), percent(b["accuracy"]))
     console.print(made)
     made = table("\nsampling with the reward model", "", "judge", "score", "cost")
     for mode, row in s["sample"].items():

@@ -22,7 +22,7 @@ def sample(
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; - reads prompts from stdin.")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts", metavar="FILE", help="A file of prompts: text, JSONL or JSON.")
+        str | None, typer.Option("--prompts", metavar="FILE", help="A file of prompts: text, JSONL, JSON, CSV or TSV.")
     ] = None,
     stepwise: Annotated[
         bool,

@@ -15,7 +15,9 @@ def score(
         list[str] | None,
         typer.Argument(metavar="IMAGE...", help="Pictures, or latents as .safetensors; - reads paths from stdin."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt of every picture.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="The prompt of every picture, or repeated, one a picture.")
+    ] = None,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line, one a picture.")
     ] = None,
@@ -45,12 +47,12 @@ def _paths(images: list[str] | None) -> list[str] | None:
     return images or None
 
 
-def _prompts(prompt: str | None, file: str | None) -> list[str] | None:
+def _prompts(prompts: list[str] | None, file: str | None) -> list[str] | None:
     from drmcli.data.prompts import read_prompts
     from drmcli.errors import InputError
 
-    if prompt is not None and file is not None:
+    if prompts and file is not None:
         raise InputError("--prompts: given together with --prompt", hint="use one of them")
     if file is None:
-        return None if prompt is None else [prompt]
+        return prompts or None
     return read_prompts(file, every=True)

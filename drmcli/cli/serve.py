@@ -14,7 +14,7 @@ from drmcli.cli import options as o
 def serve(**options: Any) -> None:
     """Keep a reward model warm and score over HTTP, till Ctrl-C.
 
-    `--scorer http://HOST:PORT` of the other commands, and `--reward` of `drm score` and `drm grpo`, are its clients.
+    `http://HOST:PORT` is its client wherever the other commands take a scorer: `--reward`, `--scorer`, `--judge` and so on.
 
     [bold]Examples[/]
 

@@ -45,8 +45,10 @@ def show(
         if found.summary and found.command in render.SUMMARIES:
             try:
                 render.SUMMARIES[found.command](found.summary)
+                onward.after_show(run, found.command, found.config, found.summary)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                found.problems.append(f"RUN {run}: its summary.json lacks {error}")
+                fault = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+                found.problems.append(f"RUN {run}: its summary.json {fault}")
         for name, table in found.tables.items():
             columns = [c for c in COLUMNS.get(name, table.columns) if c in table.columns] or list(table.columns)
             made = render.table(f"\n{name}: {len(table)} rows, the last of them", *map(str, columns))

@@ -42,6 +42,10 @@ class Ballot:
                 hint=f"make it: drm data make PROMPTS --label people --out {folder}",
             )
         table = results.read(folder / "drawn.parquet")
+        if {"prompt", "path"} - set(table) or not all(isinstance(v, str) for c in ("prompt", "path") for v in table[c]):
+            raise InputError(
+                f"{folder / 'drawn.parquet'}: lacks a prompt or a path of a picture", hint="make the folder again"
+            )
         self.prompts: list[str] = table["prompt"].tolist()
         self.pictures: list[str] = table["path"].tolist()
         root = folder.resolve()

@@ -52,9 +52,6 @@ PREFERENCES = "preferences.parquet"
 """The file of a folder that `drm data make` or `drm data label` wrote."""
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
-Cell = str | ImageSource | None
-"""A picture as a row names it: a path that is still to be checked, or its source."""
-
 
 def read(
     name: str | Path,
@@ -137,7 +134,7 @@ def read_file(path: str | Path, *, allow_outside: bool = False, max_bad: float =
     if (twice := table["pair_id"].duplicated()).any():
         raise InputError(
             f"{path}: pair_id {short(table['pair_id'][twice].iloc[0])} is there twice",
-            hint="make pair_id unique, or leave it out",
+            hint="make pair_id unique (a row without one is called by its number, from 0), or leave it out",
         )
     preferences = assemble(name, "all", "strict", sources, table, draw_sides=not ranking, bad_rows=bad.names)
     if not len(preferences):
@@ -153,7 +150,7 @@ def _comparisons(
     shared = {
         "prompt": prompt,
         "prompt_id": _id(row.get("prompt_id"), text_id(prompt), f"{place}: prompt_id"),
-        "weight": _number(row, "weight", place, 1.0, 0.0, math.inf),
+        "weight": _weight(row, place),
     }
     pair_id = _id(row.get("pair_id"), str(number), f"{place}: pair_id")
     cells = row["images"] if ranking else [row["chosen"], row["rejected"]]
@@ -351,24 +348,40 @@ def _ranks(value: Any, n: int, place: str) -> list[float]:
     if not isinstance(value, list) or len(value) != n:
         length = len(value) if isinstance(value, list) else "no"
         raise BadRow(f"{place}: {n} images, but {length} ranks", hint="give one rank an image, 1 for the best")
-    for rank in value:
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise BadRow(f"{place}: {short(rank)} is not a rank", hint="give one number an image, 1 for the best")
-    return [float(rank) for rank in value]
+    ranks = [
+        _float(rank) if isinstance(rank, (int, float)) and not isinstance(rank, bool) else math.nan for rank in value
+    ]
+    for rank, given in zip(ranks, value):
+        if not math.isfinite(rank):
+            raise BadRow(f"{place}: {short(given)} is not a rank", hint="give one number an image, 1 for the best")
+    return ranks
+
+
+def _float(value: Any) -> float:
+    """A number, not a number where it is none or too large for one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _number(row: dict[str, Any], column: str, place: str, default: float, low: float, high: float) -> float:
     value = row.get(column)
     if value is None:
         return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = _float(value)
     if not (low <= number <= high) or math.isinf(number):
         allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
         raise BadRow(f"{place}: {column} is {short(value)}", hint=f"give a number {allowed}, or leave {column} out")
     return number
+
+
+def _weight(row: dict[str, Any], place: str) -> float:
+    """0, or a weight that float32 can hold and sum."""
+    weight = _number(row, "weight", place, 1.0, 0.0, 1e30)
+    if 0 < weight < 1e-30:
+        raise BadRow(f"{place}: weight is {weight:g}", hint="give 0, or a number from 1e-30 to 1e+30")
+    return weight
 
 
 def _id(value: Any, default: str, place: str) -> str:

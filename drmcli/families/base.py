@@ -383,19 +383,17 @@ def latent_shape(family: Family, config: dict[str, Any], factor: int, height: in
     Raises InputError for sides that the model cannot take.
     """
     for flag, side in (("--height", height), ("--width", width)):
-        check_side(flag, side, factor * family.patch(config))
-    largest = family.largest_side(config, factor)
-    if largest is not None and max(height, width) > largest:
-        raise InputError(
-            f"--height {height} --width {width}: the transformer knows {largest} pixels at most", hint="go smaller"
-        )
+        check_side(flag, side, family, config, factor)
     return family.channels(config), height // factor, width // factor
 
 
-def check_side(flag: str, side: int, unit: int) -> None:
-    """Raises InputError for a side in pixels that is no multiple of what a token covers."""
+def check_side(flag: str, side: int, family: Family, config: dict[str, Any], factor: int) -> None:
+    """Raises InputError for a side in pixels that is no multiple of what a token covers, or more than the model can place."""
+    unit, largest = factor * family.patch(config), family.largest_side(config, factor)
     if side % unit:
         raise InputError(f"{flag} {side}: not a multiple of {unit}", hint=f"use {max(1, round(side / unit)) * unit}")
+    if largest is not None and side > largest:
+        raise InputError(f"{flag} {side}: the transformer knows {largest} pixels at most", hint="go smaller")
 
 
 def latent_space(family: Family, config: dict[str, Any]) -> tuple[str, int]:

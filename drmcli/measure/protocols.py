@@ -251,23 +251,10 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }
 
-REFERENCE: dict[str, str] = {
-    "hpdv2": "hpdv2",
-    "imagereward": "strict",
-    "pickapic": "pickscore-threshold",
-    "hpdv3": "strict",
-    "shapes": "strict",
-}
-"""The protocol of each dataset's own reference evaluation."""
 
-
-def reference_protocol(dataset: str, *, calibrated: bool = False) -> str:
-    """Name of the protocol to report first; `ties-half` where the reference needs calibration pairs and there are none.
-
-    A dataset that is not in REFERENCE (a user's file) is counted `strict`.
-    """
-    name = REFERENCE.get(dataset, "strict")
-    return "ties-half" if PROTOCOLS[name].calibrated and not calibrated else name
+def countable(protocol: str, *, calibrated: bool = False) -> str:
+    """The protocol to report first: a dataset's own, or `ties-half` where that needs calibration pairs and there are none."""
+    return "ties-half" if PROTOCOLS[protocol].calibrated and not calibrated else protocol
 
 
 def accuracy(pairs: Pairs, protocol: str, calibration: Pairs | None = None, temperature: float = 1.0) -> Accuracy:

@@ -6,6 +6,7 @@ while the run goes on, so an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -88,24 +89,49 @@ def run(config: Bench, reporter: Reporter = SILENT) -> dict[str, Any]:
         return folder.finish(summary)
 
 
+def dataset_names(config: Bench) -> list[str]:
+    """The datasets of a list with commas."""
+    return [name.strip() for name in config.dataset.split(",") if name.strip()]
+
+
+def check_names(config: Bench, names: list[str]) -> None:
+    """Raises InputError for names that cannot be one table, before any of them is measured."""
+    if not names:
+        raise InputError(f"--dataset {config.dataset!r}: names nothing", hint="for example --dataset shapes")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InputError(f"--dataset {config.dataset}: {name} is there twice", hint="name each once")
+        if generated.wanted(replace(config, dataset=name)):
+            raise InputError(f"--dataset {config.dataset}: {name} is of generators", hint="measure it by itself")
+
+
+def part_folders(names: list[str]) -> dict[str, str]:
+    """A folder's name for each dataset: its stem, or the first free one of STEM-2, STEM-3, ..."""
+    found: dict[str, str] = {}
+    for name in names:
+        stem = Path(name).stem
+        numbered = (f"{stem}-{i}" for i in itertools.count(2))
+        found[name] = next(n for n in itertools.chain([stem], numbered) if n not in found.values())
+    return found
+
+
 def run_many(config: Bench, reporter: Reporter) -> dict[str, Any]:
     """Several datasets, each a run of its own inside the folder, and one table of scorers by datasets.
 
     `--data-dir` holds a folder for each that is named like it, where there is one. `accuracy` is the lowest of the first scorer's.
     """
-    names = [name.strip() for name in config.dataset.split(",") if name.strip()]
+    names = dataset_names(config)
+    check_names(config, names)
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")
             return folder.finished
-        parts = []
+        parts, folders = [], part_folders(names)
         for name in names:
             inner = Path(config.data_dir) / name if config.data_dir else None
-            flags: dict[str, Any] = {"dataset": name, "out": str(folder.folder / Path(name).stem)}
+            flags: dict[str, Any] = {"dataset": name, "out": str(folder.folder / folders[name])}
             flags |= {"data_dir": str(inner)} if inner is not None and inner.is_dir() else {}
             part = run(replace(config, **flags), generated.Part(reporter, name))
-            if "protocol" not in part:
-                raise InputError(f"--dataset {config.dataset}: {name} is of generators", hint="measure it by itself")
             parts.append(part)
         scorers = [row["scorer"] for row in parts[0]["scorers"]]
         table = [
@@ -318,7 +344,9 @@ def plan(config: Bench) -> dict[str, Any]:
     from drmcli.recipes.footprints import of_bench
     from drmcli.recipes.plan import describe_generator
 
-    if generated.wanted(config):
+    if "," in config.dataset:
+        check_names(config, dataset_names(config))
+    elif generated.wanted(config):
         return generated.plan(config)
     known = describe_generator(config)
     facts = benchmark_data(config).facts(config, known, known.latent_side(config.resolution))

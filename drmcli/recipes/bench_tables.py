@@ -12,7 +12,7 @@ from drmcli import results
 from drmcli.config import Bench
 from drmcli.data.preferences import Preferences
 from drmcli.errors import RunError
-from drmcli.measure.protocols import Pairs, accuracy, all_protocols, calibration_curve, paired_difference
+from drmcli.measure.protocols import Pairs, accuracy, all_protocols, calibration_curve, countable, paired_difference
 from drmcli.measure.published import published
 from drmcli.recipes.pairs import PairScorer
 from drmcli.run import Run
@@ -111,20 +111,18 @@ def summarize(config: Bench, data: Preferences, opinions: list[Opinion], calibra
     """Accuracies and counts; the first model at its first sigma is the headline."""
     first = opinions[0]
     tables = [first.table(data, j) for j in range(len(first.sigmas))]
-    protocol = data.protocol
-    if protocol == "pickscore-threshold" and calibration is None:
-        protocol = "ties-half"
+    protocol = countable(data.protocol, calibrated=calibration is not None)
     head = accuracy(tables[0], protocol, calibration)
     if np.isnan(head.value):
         raise RunError(f"{config.dataset}: no pair counts under {protocol!r}", hint="the data holds only ties")
     every = all_protocols(tables[0], calibration)
-    plain = "ties-half" if protocol == "pickscore-threshold" else protocol
+    plain = countable(protocol)
     by_sigma = []
     for sigma, table in zip(first.sigmas, tables):
         a = accuracy(table, plain)
         by_sigma.append({"sigma": sigma, "accuracy": a.value, "ci95": list(a.ci95)})
     curve = calibration_curve(tables[0])
-    beside = [compare(config, o, data, plain, tables[0]) for o in opinions]
+    beside = [compare(o, data, plain, tables[0]) for o in opinions]
     return {
         "dataset": config.dataset,
         "split": data.split,
@@ -155,7 +153,7 @@ def summarize(config: Bench, data: Preferences, opinions: list[Opinion], calibra
     }
 
 
-def compare(config: Bench, opinion: Opinion, data: Preferences, protocol: str, first: Pairs) -> dict[str, Any]:
+def compare(opinion: Opinion, data: Preferences, protocol: str, first: Pairs) -> dict[str, Any]:
     """One row of the table of scorers: accuracy, difference from the first on the same pairs, speed, memory."""
     mine = opinion.table(data)
     found, gap = accuracy(mine, protocol), paired_difference(mine, first, protocol)

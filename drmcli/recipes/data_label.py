@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from drmcli.config.making import DataLabel
 from drmcli.data.ballot import Ballot
 from drmcli.errors import InputError, Interrupted
+from drmcli.files import read_object
 from drmcli.run import Reporter
 from drmcli.service.server import address, listen, need, serve
 
@@ -29,7 +29,7 @@ def run(config: DataLabel, reporter: Reporter, ready: Callable[[str], None]) -> 
         )
     if not (folder / "summary.json").is_file():
         raise InputError(f"DIR {folder}: is not finished", hint="run `drm data make` on it again")
-    if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("label") not in (["people"], ["none"]):
+    if (read_object(folder / "summary.json", f"DIR {folder}") or {}).get("label") not in (["people"], ["none"]):
         raise InputError(
             f"DIR {folder}: its pairs are labelled by a scorer, and votes would replace them",
             hint="make another with --label people",

@@ -26,7 +26,7 @@ from drmcli.data.labels import Labelled, combined, pairs
 from drmcli.data.preferences import text_id
 from drmcli.data.prompts import PROMPT_SETS, read_prompts
 from drmcli.errors import InputError
-from drmcli.files import guarded
+from drmcli.files import damaged, guarded
 from drmcli.fitting import Batch
 from drmcli.generator import DTYPES, pick_device, pick_dtype
 from drmcli.kernels import Kernels
@@ -117,7 +117,10 @@ def draw(config: DataMake, folder: Run, prompts: list[str]) -> list[dict[str, An
         "lora": lora_folder(config.lora) if config.lora else None,
     }  # fmt: skip
     drawn = sample.run(resolve("sample", preset=config.preset, flags=flags), Part(folder.reporter, "drawing"))
-    return [row | {"path": str(Path(row["path"]).relative_to(folder.folder))} for row in drawn["images"]]
+    try:
+        return [row | {"path": str(Path(row["path"]).relative_to(folder.folder))} for row in drawn["images"]]
+    except (KeyError, TypeError, ValueError):  # an earlier start's
+        raise damaged(folder.folder / "drawn" / "summary.json", f"--out {folder.folder}") from None
 
 
 def judge_some(scorer: Scorer, images: list[Image.Image], prompts: list[str], at: slice) -> np.ndarray:

@@ -24,7 +24,7 @@ from drmcli.data.preferences import Preferences
 from drmcli.data.sources import open_prompts
 from drmcli.errors import DrmError, InputError, RunError
 from drmcli.families import family_of
-from drmcli.families.base import Family
+from drmcli.families.base import Family, check_side
 from drmcli.fingerprints import of_parts
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import Generator, PromptEmbeds, pick_dtype
@@ -111,11 +111,21 @@ class LazyGenerator:
 
     def image_size(self) -> int:
         """Side in pixels of the pictures that the model was made for; nothing is loaded."""
+        family, config, factor = self._configs()
+        return family.image_size(config, factor)
+
+    def check_resolution(self, resolution: int | None) -> None:
+        """Raises InputError for a side in pixels that the model cannot take, before anything is loaded or encoded."""
+        if resolution is not None:
+            check_side("--resolution", resolution, *self._configs())
+
+    def _configs(self) -> tuple[Family, dict[str, Any], int]:
+        """The family, its denoiser's config, and the pixels on a latent pixel's side."""
         where, revision, family = local_or_hub(self.ref, self.flag), self.options["revision"], self._family()
         with explained(self.ref, self.flag), quiet_libraries():
             library, kind = read_index(where, revision)["vae"]
             vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=revision)
-            return family.image_size(denoiser_config(family, where, revision), family.vae_factor(vae))
+            return family, denoiser_config(family, where, revision), family.vae_factor(vae)
 
     def _family(self) -> Family:
         with explained(self.ref, self.flag), quiet_libraries():
@@ -222,6 +232,7 @@ def encode_pairs(
     Returns the pairs that remain, the bad pictures as "key: reason", and warnings about prompts that were cut. Raises
     RunError when more than `max_bad` percent are bad, after writing the list to bad_images.txt.
     """
+    generator.check_resolution(resolution)
     root = cache_folder(config)
     shared: dict[str, Any] = {
         "root": root,
@@ -255,8 +266,11 @@ def encode_pairs(
         data = Preferences(**{**vars(data), "pairs": data.pairs[data.pairs["weight"] > 0].reset_index(drop=True)})
     if not len(data.pairs):
         raise InputError(
-            f"{data.name}: no usable pair is left: {weightless} have the weight 0"
-            + (f", and {len(lost)} images cannot be read" if lost else ""),
+            f"{data.name}: no usable pair is left: "
+            + " and ".join(
+                [f"{weightless} have the weight 0"] * (weightless > 0)
+                + [f"{len(lost)} images cannot be read"] * (len(lost) > 0)
+            ),
             hint=f"see {run.folder / 'bad_images.txt'}" if lost else "give pairs a weight above 0, or leave weight out",
         )
     cut = prompts.cut

@@ -53,7 +53,7 @@ class Known:
     def latent_side(self, resolution: int | None) -> int:
         """Side of the latents of square pictures, of the model's own size for None. Raises InputError for one that it cannot take."""
         side = resolution or self.image_size
-        check_side("--resolution", side, self.vae_factor * self.family.patch(self.transformer))
+        check_side("--resolution", side, self.family, self.transformer, self.vae_factor)
         return side // self.vae_factor
 
     def makers(self, names: tuple[str, ...] | None = None) -> dict[str, Callable[[], Any]]:

@@ -80,7 +80,6 @@ def plan(config: TrainReward) -> dict[str, Any]:
         mixed=pick_dtype(config.dtype, device),
         ema=config.ema_decay > 0,
         bits=config.quantize,
-        device_type=device.type,
     )
     facts = training_data(config).facts(config, known, side)
     beside = text_encoders(config, known, side) if facts["prompts are"] == "live" else {}

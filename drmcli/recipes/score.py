@@ -158,7 +158,10 @@ def read_latents(name: str) -> tuple[Tensor, float | None]:
         with safe_open(name, framework="pt") as file:
             if "latents" not in set(file.keys()):
                 raise InputError(f"{name}: holds no tensor `latents`", hint="save latents [C, H, W] under that name")
-            latents = file.get_tensor("latents").float()
+            found = file.get_tensor("latents")
+            if found.is_complex():
+                raise InputError(f"{name}: `latents` are complex numbers", hint="save real ones")
+            latents = found.float()
             sigma = (file.metadata() or {}).get("sigma")
     except FileNotFoundError:
         raise InputError(f"{name}: missing", hint="check the path") from None

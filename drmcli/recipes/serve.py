@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drmcli.config.serving import Serve
 from drmcli.errors import InputError, Interrupted
+from drmcli.families.base import check_side
 from drmcli.generator import pick_device, pick_dtype
 from drmcli.kernels import Kernels
 from drmcli.run import Reporter
@@ -69,9 +70,10 @@ def serve_one(name: str, ref: str, flag: str, config: Serve, device: torch.devic
     if not isinstance(scorer, RewardScorer):
         return Served(name, lambda images, prompts, _: scorer.score_images(images, prompts).tolist())
     model = scorer.model
+    generator = model.generator()  # loaded now, not by the first request
     if config.resolution:
         model.config.resolution = config.resolution
-    model.generator()  # loaded now, not by the first request
+        check_side("--resolution", config.resolution, generator.family, generator.model_config, generator.factor)
 
     def pictures(images: list[Image.Image], prompts: list[str], settings: dict[str, Any]) -> list[float]:
         scores = model.score_images(

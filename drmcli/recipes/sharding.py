@@ -50,8 +50,3 @@ def spread(tensor: Tensor, like: Any) -> Tensor:
 def norm(value: Tensor) -> float:
     """A gradient norm as a number."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-def sharded(model: nn.Module) -> bool:
-    """Is a model split over processes?"""
-    return any(isinstance(p, DTensor) for p in model.parameters())

@@ -33,6 +33,7 @@ from torch import Tensor
 from drmcli import __version__
 from drmcli.config.serving import Serve
 from drmcli.data.images import BadImage, decode
+from drmcli.data.text import sound
 from drmcli.errors import DrmError
 from drmcli.service.batching import Batcher, Closed, Full
 from drmcli.service.metrics import Metrics
@@ -354,7 +355,10 @@ def one_each(prompts: list[str] | str, n: int) -> list[str]:
         raise Refusal(422, f"prompts: {len(found)} for {n}", "give one prompt, or one each in the same order")
     if any(not prompt.strip() for prompt in found):
         raise Refusal(422, "prompts: a prompt is empty", "say what the picture should show")
-    return found
+    try:
+        return [sound(prompt, "prompts") for prompt in found]
+    except DrmError as error:
+        raise Refusal(422, error.message, error.hint) from None
 
 
 def chosen(asked: list[str] | None, there: list[str]) -> list[str]:
@@ -396,6 +400,8 @@ def read_latents(data: bytes, channels: int | None) -> Tensor:
         raise Refusal(422, f"latents: not a safetensors file: {error}", hint) from None
     if set(tensors) != {"latents"}:
         raise Refusal(422, f"latents: the file holds {', '.join(sorted(tensors)) or 'nothing'}", hint)
+    if tensors["latents"].is_complex():
+        raise Refusal(422, "latents: complex numbers", "send real ones")
     x = tensors["latents"].float()
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or not x.numel():

@@ -1,7 +1,7 @@
 """Every algorithm of `drm grpo`, each at its own best learning rate, on the embedded world.
 
     python examples/studies/compare_alignment.py [FOLDER] [--minutes 3] [--seeds 3] [--jobs 1] [--ways step-grpo direct ...] [--rates
-    1e-3 ...]
+    1e-3 ...] [--captions 96] [--updates N] [--set KEY=VALUE ...]
 
 Step-wise GRPO, TempFlow-GRPO and Flow-GRPO, DiffusionNFT with terminal and with step-wise rewards, and direct gradients
 of the reward; two of them also without the KL, to see what it costs.

@@ -11,6 +11,7 @@ backward passes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -249,4 +250,5 @@ if __name__ == "__main__":
 
         full_size.main([argument for argument in sys.argv[1:] if argument != "--full-size"])
     else:
+        argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
         main()

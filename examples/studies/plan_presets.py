@@ -10,8 +10,8 @@ top. A preset whose name ends in -48gb is meant to fit 48 GB, and so on; what do
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,4 +152,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="all by default")
+    main(parser.parse_args().presets)

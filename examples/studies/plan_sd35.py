@@ -7,6 +7,7 @@ Builds a folder that holds only the configs, and asks every preset of that model
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

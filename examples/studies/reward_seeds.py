@@ -2,12 +2,13 @@
 
     python examples/studies/reward_seeds.py [FOLDER]
 
-Prints each run's wall time (a process of its own, cache building included), the accuracy by noise level, and whether averaging
+Prints each run's wall time (a process of its own, cache building included), the accuracy by sigma, and whether averaging
 four noise draws helps. Runs that are finished are not run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -67,4 +68,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/reward-seeds"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/reward-seeds"))
+    main(parser.parse_args().folder)

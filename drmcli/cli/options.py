@@ -307,8 +307,15 @@ def has_gpu() -> bool:
     return visible not in ("", "-1") and os.path.exists("/dev/nvidiactl")
 
 
-PROCESS_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-"""Variables of the environment by which launchers tell a process its place among others; accelerate and torch read them too."""
+PROCESS_NUMBERS = (
+    "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT",
+    "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
+    "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT",
+)  # fmt: skip
+"""Numbers of the environment: those by which launchers tell a process its place among others, and others that a library turns into a
+number without a look at what they hold."""
 
 
 def process_numbers() -> dict[str, int]:
@@ -329,9 +336,7 @@ def process_numbers() -> dict[str, int]:
         try:
             found[name] = int(text)
         except ValueError:
-            raise InputError(
-                f"{name}: {text[:80]!r} is no number", hint=f"unset {name}, or let a launcher set it"
-            ) from None
+            raise InputError(f"{name}: {text[:80]!r} is no number", hint=f"unset {name}, or make it a number") from None
     return found
 
 

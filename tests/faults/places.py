@@ -136,7 +136,7 @@ SCORE = "score a.png --prompt x"
 NUMBERS = [
     *(
         fault(f"{name} that is empty", SCORE, 0, "a.png", make=picture("a.png"), env={name: ""})
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "PMI_RANK")
     ),
     *(
         fault(
@@ -148,7 +148,15 @@ NUMBERS = [
             env={name: "x"},
             never="drm score on",
         )
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        for name in (
+            "WORLD_SIZE",
+            "RANK",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_PORT",
+            "OMPI_COMM_WORLD_SIZE",
+            "HF_HUB_DOWNLOAD_TIMEOUT",
+        )
     ),
     fault("training where a rank is empty", TRAIN, 0, "reward", env={"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": " "}),
     fault("a rank of no world", SCORE, 0, "a.png", make=picture("a.png"), env={"RANK": "3"}),

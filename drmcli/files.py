@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 ROOM = "make room (or choose another place) and run the same command again; what was finished is kept"
 _homes: dict[Path, tuple[int, int]] = {}
 """Run folders that are open, by device and inode: what is written there must not make a deleted one anew."""
+_named: dict[Path, str] = {}
+"""Places that a flag or a variable has named, with it: what fails there or below, outside of open runs, is told with it."""
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -37,36 +39,71 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def guarded(path: Path, *, flag: str | None = None) -> Iterator[None]:
-    """Turn a failed write into one clear error: a full disk is a RunError, a forbidden place an InputError."""
+    """Turn a failed write into one clear error: a full disk is a RunError, a forbidden place an InputError.
+
+    flag: what named the path, and from now on names what fails below it.
+    """
+    if flag:
+        name_place(path, flag)
+    else:
+        path, flag = _named_above(path)
     where = f"{flag} {path}" if flag else str(path)
+    another = f"choose another {flag or '--out'}"
     try:
         yield
     except DrmError:
         raise
     except PermissionError:
         raise InputError(
-            f"{where}: no permission to write there", hint="choose a folder that you may write to with --out"
+            f"{where}: no permission to write there",
+            hint=f"choose a folder that you may write to with {flag or '--out'}",
         ) from None
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{where}: a part of this path is a file", hint="choose another --out") from None
+        raise InputError(f"{where}: a part of this path is a file", hint=another) from None
     except IsADirectoryError:
-        raise InputError(f"{where}: a folder of this name is in the way", hint="choose another --out") from None
+        raise InputError(f"{where}: a folder of this name is in the way", hint=another) from None
     except Exception as error:
         if disk_is_full(error):
             raise RunError(f"{where}: cannot write: No space left on device", hint=ROOM) from error
         if not isinstance(error, OSError):
             raise
         if flag and error.errno != errno.EIO:
-            raise InputError(f"{where}: cannot be written: {error.strerror}", hint="choose another --out") from None
-        if isinstance(error, FileNotFoundError):
+            raise InputError(f"{where}: cannot be written: {error.strerror}", hint=another) from None
+        if isinstance(error, FileNotFoundError) and not _homes.keys().isdisjoint(_with_parents(path)):
             raise RunError(
                 f"{where}: the folder is gone: something deleted it while the run was at work",
                 hint="run the same command again",
             ) from error
         raise RunError(
             f"{where}: cannot write: {error.strerror or error}",
-            hint="look at the folder, or choose another --out; what was finished is kept",
+            hint=f"look at the folder, or {another}; what was finished is kept",
         ) from error
+
+
+def name_place(path: Path, flag: str) -> None:
+    """From now on, what fails at this place or below it is told with the flag or the variable that named it."""
+    _named[path.absolute()] = flag
+
+
+def _named_above(path: Path) -> tuple[Path, str | None]:
+    """The place that holds the path, and what named it; the path itself, None where nothing did, or in an open run."""
+    for folder in _with_parents(path):
+        if folder in _homes:
+            break
+        if folder in _named:
+            return folder, _named[folder]
+    return path, None
+
+
+def _with_parents(path: Path) -> list[Path]:
+    place = path.absolute()
+    return [place, *place.parents]
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there. Raises InputError where that cannot be."""
+    with guarded(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -199,8 +236,12 @@ def begun_runs() -> list[Path]:
 
 def damaged(path: Path, name: str) -> InputError:
     """The error of a run's own file that does not hold what was written."""
+    writes = name.startswith("--out")  # else the run is only read
     return InputError(
-        f"{name}: its {path.name} is damaged", hint="--overwrite starts again there, or choose another --out"
+        f"{name}: its {path.name} is damaged",
+        hint="--overwrite starts again there, or choose another --out"
+        if writes
+        else "run the command that made it again, with --overwrite",
     )
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from drmcli.data.parquet import read_table
 from drmcli.errors import InputError
 from drmcli.run import write_bytes
 
@@ -141,7 +142,7 @@ def parts_of(folder: Path) -> list[tuple[int, Path]]:
 def _frame(file: Path) -> pd.DataFrame:
     """A Parquet file. Raises InputError that names it when it is damaged."""
     try:
-        return pq.read_table(file).to_pandas()
+        return read_table(file).to_pandas()
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{file}: a damaged table ({' '.join(str(error).split())[:120]})",

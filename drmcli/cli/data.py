@@ -78,7 +78,7 @@ def get(
     from drmcli.recipes import data as recipe
 
     with Screen(quiet=quiet or as_json) as screen:
-        found = recipe.get(name, split, Path(data_dir or f"data/{name}"), screen)
+        found = recipe.get(name, split, Path(data_dir or f"data/{name}").expanduser(), screen)
     if as_json:
         show_json(found)
     else:
@@ -120,6 +120,8 @@ def check(
 
       drm data check hpdv2 --data-dir ~/HPDv2 --split test --against-split train
     """
+    from os.path import expanduser
+
     from drmcli.cli import onward
     from drmcli.cli.output import Screen, show_json, stdout
     from drmcli.cli.render import table
@@ -128,12 +130,12 @@ def check(
 
     with Screen(quiet=quiet or as_json) as screen:
         found = recipe.examine(
-            path,
-            data_dir=data_dir,
+            expanduser(path),
+            data_dir=None if data_dir is None else expanduser(data_dir),
             split=split,
             allow_outside=bool(allow_outside),
             reporter=screen,
-            against=against,
+            against=None if against is None else expanduser(against),
             against_split=against_split,
         )
     if as_json:

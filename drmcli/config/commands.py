@@ -32,3 +32,11 @@ SINGULAR = {
     ("serve", "scorers"): "scorer",
 }
 """Flags that are repeated to fill a list, and so are named for one of it."""
+PATHS = {
+    "out", "cache_dir", "data_dir", "images", "data", "eval_data", "dataset", "datasets", "prompts", "eval_prompts", "tune", "methods",
+    "generator", "reward", "rewards", "add_rewards", "scorers", "against", "judge", "refresh_by", "init", "lora", "label", "active",
+    "detector", "color_model", "folder", "run", "to",
+}  # fmt: skip
+"""Keys whose texts are paths, or may be."""
+TEXTS = {("sample", "prompts"), ("score", "prompts")}
+"""Where such a key holds what is to be drawn or seen instead."""

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 import drmcli
-from drmcli.config.commands import COMMANDS, SINGULAR
-from drmcli.data.text import cut, dump_yaml, parse_yaml, read_text, repaired, short, sound
+from drmcli.config.commands import COMMANDS, PATHS, SINGULAR, TEXTS
+from drmcli.data.text import cut, dump_yaml, kind, parse_yaml, read_text, repaired, short, sound
 from drmcli.errors import InputError, MissingError
 
 C = TypeVar("C")
@@ -34,20 +35,20 @@ def preset_names() -> list[str]:
     )
 
 
-def preset_text(name: str) -> str:
-    """A preset's YAML with the comments of its header. Raises InputError for an unknown name."""
+def preset_text(name: str, source: str = "--preset") -> str:
+    """A preset's YAML with the comments of its header. Raises InputError, which names the source, for an unknown name."""
     if name not in preset_names():
         raise InputError(
-            f"--preset: there is no preset {short(name)}", hint=_closest(name, preset_names(), "see `drm config list`")
+            f"{source}: there is no preset {short(name)}", hint=_closest(name, preset_names(), "see `drm config list`")
         )
     return (resources.files("drmcli.config.presets") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def preset_values(name: str, command: str) -> dict[str, Any]:
+def preset_values(name: str, command: str, source: str = "--preset") -> dict[str, Any]:
     """What a preset sets for a command: what the preset that it is based on sets, its `common` section and the command's own."""
-    sections = parse_yaml(preset_text(name), f"--preset {name}") or {}
+    sections = parse_yaml(preset_text(name, source), f"--preset {name}") or {}
     base = sections.get("preset")
-    return (preset_values(base, command) if base else {}) | _of_sections(sections, command)
+    return (preset_values(base, command) if base else {}) | _of_sections(sections, command, f"--preset {name}")
 
 
 def field_names(cls: type) -> list[str]:
@@ -70,15 +71,19 @@ def resolve(
     loaded = read_config_file(file, command) if file else {}
     assigned = [_assignment(item, cls) for item in sets or []]
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    name = preset or next((v for k, v in reversed(assigned) if k == "preset"), None) or loaded.get("preset")
     values: dict[str, Any] = {}
     if "preset" in field_names(cls):
-        name = str(name or "tiny")
-        values = preset_values(name, command) | {"preset": name}
+        named = [("--preset", preset), *(("--set preset", v) for k, v in reversed(assigned) if k == "preset")]
+        named += [(f"--config {file}", loaded.get("preset")), ("--preset", "tiny")]
+        source, name = next((source, str(name)) for source, name in named if name)
+        values = preset_values(name, command, source) | {"preset": name}
     values |= {key: value for key, value in loaded.items() if key != "preset"}
     values |= {key: value for key, value in assigned if key != "preset"} | given
     sources = dict.fromkeys(loaded, f"--config {file}") | {k: f"--set {k}" for k, _ in assigned}
     sources |= {k: "--" + SINGULAR.get((command, k), k).replace("_", "-") for k in given}
+    for key, value in values.items():
+        if key in PATHS and (command, key) not in TEXTS:
+            values[key] = _place(value, key, str(sources.get(key) or key))
     return build(cls, values, sources)
 
 
@@ -120,6 +125,28 @@ def _sound(value: Any, where: str) -> Any:
     if isinstance(value, str):
         return sound(repaired(value), where)
     return [_sound(part, where) for part in value] if isinstance(value, list) else value
+
+
+def _place(value: Any, key: str, where: str) -> Any:
+    """The value, `~` at the head of a path in it replaced by the home folder, as a shell does where it is not in quotes.
+
+    Raises InputError for a name that the file system's encoding cannot hold: no such file could be opened.
+    """
+    if isinstance(value, list):
+        return [_place(part, key, where) for part in value]
+    if not isinstance(value, str):
+        return value
+    text = sound(repaired(value), where)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: {short(text)}: files have no such names where the locale's encoding is {sys.getfilesystemencoding()}",
+            hint="set PYTHONUTF8=1, or another locale (LC_ALL=C.UTF-8)",
+        ) from None
+    if key == "dataset" and "~" in text:  # several with commas between
+        return ",".join(os.path.expanduser(name.strip()) for name in text.split(","))
+    return os.path.expanduser(text)
 
 
 def describe(cls: type) -> dict[str, str]:
@@ -180,25 +207,42 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         )
     if {"common", *COMMANDS} & set(values):  # in a preset's form, as `drm config show` prints it
         whole = {key: value for key, value in values.items() if key not in ("common", *COMMANDS)}
-        values = whole | _of_sections(values, command)
+        values = whole | _of_sections(values, command, name)
     if strange := [key for key in values if not isinstance(key, str)]:
         raise InputError(
             f"--config {path}: {short(strange[0])} is no key", hint="`drm config show tiny` prints an example"
         )
     wanted = values.pop("command", command)
+    if not isinstance(wanted, str) or wanted not in COMMANDS:
+        hint = _closest(str(wanted), list(COMMANDS), f"leave it out, or write `command: {command}`")
+        raise InputError(f"{name}: there is no command {short(wanted)}", hint=hint)
     if wanted != command:
-        raise InputError(
-            f"--config {path}: written for `drm {cut(str(wanted))}`",
-            hint=f"run `drm {cut(str(wanted))} --config {path}`",
-        )
+        words = f"drm {wanted.replace('data-', 'data ')}"
+        raise InputError(f"{name}: written for `{words}`", hint=f"run `{words} --config {path}`")
     return values
 
 
-def _of_sections(sections: dict[str, Any], command: str) -> dict[str, Any]:
-    """What a file in a preset's form sets for a command: what it knows of `common`, and the command's own section."""
-    fields = field_names(COMMANDS[command])
-    common = {key: value for key, value in (sections.get("common") or {}).items() if key in fields}
-    return common | (sections.get(command) or {})
+def _of_sections(sections: dict[str, Any], command: str, name: str) -> dict[str, Any]:
+    """What a file in a preset's form sets for a command: what it knows of `common`, and the command's own section.
+
+    Raises InputError for a section, of any command, that does not hold keys which it can have.
+    """
+    known = {section: field_names(cls) for section, cls in COMMANDS.items()}
+    known["common"] = sorted({key for keys in known.values() for key in keys})
+    found: dict[str, dict[str, Any]] = {}
+    for section in [key for key in sections if key in known]:
+        found[section] = {} if sections[section] is None else sections[section]
+        if not isinstance(found[section], dict):
+            raise InputError(
+                f"{name}: {section} is {kind(found[section])}, not a section of `key: value` lines",
+                hint="`drm config show tiny` prints an example",
+            )
+        for key in found[section]:
+            if key not in known[section]:
+                hint = _closest(str(key), known[section], "`drm config show tiny` lists the keys")
+                raise InputError(f"{name}: {section}: there is no key {short(key)}", hint=hint)
+    common = {key: value for key, value in found.get("common", {}).items() if key in known[command]}
+    return common | found.get(command, {})
 
 
 def package_path(text: str) -> str:

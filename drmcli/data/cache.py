@@ -24,6 +24,7 @@ from drmcli.data.images import ArrayImage, BadImage, ImageSource, ParquetImage, 
 from drmcli.data.manifest import Manifest, Stamps
 from drmcli.data.store import KEY, Store, Writer, digest_of, keys_of
 from drmcli.errors import InputError, RunError
+from drmcli.files import make_folder, name_place
 from drmcli.generator import Generator
 from drmcli.run import Reporter
 
@@ -32,13 +33,21 @@ ROUNDS = 3
 
 
 def cache_root(configured: str | None) -> Path:
-    """The cache folder: as configured, else $DRM_CACHE, else ~/.cache/drmcli. Raises InputError where a file is in the way."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "drmcli"
-    root = Path(configured or os.environ.get("DRM_CACHE") or home)
+    """The cache folder: as configured, else $DRM_CACHE, else ~/.cache/drmcli. It is not made yet.
+
+    Raises InputError where a file is in the way; what fails below the folder from now on is told with the flag that named it.
+    """
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "drmcli")
+    named = [("--cache-dir", configured), ("DRM_CACHE", os.environ.get("DRM_CACHE")), ("--cache-dir", usual)]
+    flag, name = next((flag, name) for flag, name in named if name)
+    try:
+        root = Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{flag} {name}: {error}", hint="name a folder for the cache with --cache-dir") from None
     for part in (root, *root.parents):
         if part.is_file():
-            flag = "--cache-dir" if configured else "DRM_CACHE" if os.environ.get("DRM_CACHE") else "cache"
             raise InputError(f"{flag} {root}: {part} is a file", hint="name a folder for the cache with --cache-dir")
+    name_place(root, flag)
     return root
 
 
@@ -113,6 +122,7 @@ def encode_pictures(
     A picture is looked up by its content; a file that has not changed since (path, size, time) is not even read. Bad pictures are
     listed, not replaced, the same list in every process.
     """
+    make_folder(root)
     side = resolution or encoders.image_size()
     store = Store(root / f"images-{encoders.prints()[0]}-{side}")
     manifest, stamps = Manifest(root / "files"), Stamps.of(images)

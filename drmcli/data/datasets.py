@@ -20,10 +20,10 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from drmcli.data.archives import stays_inside
 from drmcli.data.images import BadImage, BytesImage, FileImage, ImageSource, ParquetImage, load_image, parquet_cells
+from drmcli.data.parquet import opened
 from drmcli.data.preferences import (
     CheckReport,
     Overlap,
@@ -243,7 +243,7 @@ def _json_list(text: str, place: str) -> list[Any]:
 def _parquet(path: Path, sources: dict[str, ImageSource], bad: LeftOut) -> Rows:
     del bad  # a Parquet file is whole or damaged; its cells are looked at later
     try:
-        with pq.ParquetFile(path) as file:
+        with opened(path) as file:
             schema = file.schema_arrow
             _columns(path, schema.names)
             pictures = ("images",) if "ranking" in schema.names else ("chosen", "rejected")

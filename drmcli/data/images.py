@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import ExifTags, Image, features
 
+from drmcli.data.parquet import opened
 from drmcli.errors import InputError
 
 with warnings.catch_warnings():
@@ -167,7 +167,7 @@ class ParquetImage(ImageSource):
 # Two columns, one row group: pairs are read side by side, in the order of the file. `stamp`: a path may come to mean another file.
 @lru_cache(maxsize=2)
 def _column(path: Path, column: str, group: int, stamp: tuple[int, ...]) -> pa.ChunkedArray:
-    with pq.ParquetFile(path) as file:
+    with opened(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
@@ -290,7 +290,7 @@ def _first_line(error: BaseException) -> str:
 
 def parquet_cells(path: Path, column: str) -> Iterator[tuple[int, int, Any]]:
     """Every cell of a column as (row group, row within it, value), one row group in memory at a time."""
-    with pq.ParquetFile(path) as file:
+    with opened(path) as file:
         for group in range(file.num_row_groups):
             cells = file.read_row_group(group, columns=[column]).column(0)
             for row, cell in enumerate(cells):

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from drmcli.data.images import FileImage, ImageSource, ParquetImage, TarImage, ZipImage
+from drmcli.data.parquet import read_table
 from drmcli.files import write_bytes
 
 MANY = 16
@@ -76,15 +77,20 @@ def place(image: ImageSource) -> tuple[str | None, str | None]:
 
 
 def look(file: str, folders: dict[str, str]) -> tuple[str, int, int] | None:
-    """Real path, size and time of change of a file; None where it cannot be had. `folders` keeps real paths of folders."""
+    """Real path, size and time of change of a file; None where it cannot be had, or is no UTF-8, which no table holds.
+
+    `folders` keeps real paths of folders.
+    """
     head, tail = os.path.split(file)
     if head not in folders:
         folders[head] = os.path.realpath(head or ".")
     try:
         found = os.stat(file)
+        path = os.path.join(folders[head], tail)
+        path.encode()
     except (OSError, ValueError):
         return None
-    return os.path.join(folders[head], tail), found.st_size, found.st_mtime_ns
+    return path, found.st_size, found.st_mtime_ns
 
 
 class Manifest:
@@ -107,7 +113,7 @@ class Manifest:
         tables = []
         for file in parts:
             try:
-                tables.append(pq.read_table(file, columns=["path", "size", "mtime", "key"]))
+                tables.append(read_table(file, columns=["path", "size", "mtime", "key"]))
             except FileNotFoundError:
                 continue
             except (OSError, pa.ArrowException):

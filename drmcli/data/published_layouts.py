@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from drmcli.data.archives import Member, index, stays_inside, unpack
 from drmcli.data.images import FileImage, ImageSource, ParquetImage
+from drmcli.data.parquet import opened
 from drmcli.data.preferences import Preferences, assemble, text_id
 from drmcli.data.published_rows import Row, Table, agreement_of, published_prompt
 from drmcli.data.rows import MAX_BAD, BadRow, LeftOut
@@ -274,12 +274,12 @@ class _Folder:
         return content
 
     def schema(self, path: Path) -> list[str]:
-        with self._whole(path):
-            return list(pq.read_schema(path).names)
+        with self._whole(path), opened(path) as file:
+            return list(file.schema_arrow.names)
 
     def row_groups(self, path: Path) -> list[int]:
         """Rows of each row group."""
-        with self._whole(path), pq.ParquetFile(path) as file:
+        with self._whole(path), opened(path) as file:
             return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
 
     def parquet(self, path: Path, columns: list[str]) -> pa.Table:
@@ -287,7 +287,7 @@ class _Folder:
         lacking = [column for column in columns if column not in names]
         if lacking:
             raise self.broken(path.name, f"lacks the columns {', '.join(lacking)}")
-        with self._whole(path), pq.ParquetFile(path) as file:
+        with self._whole(path), opened(path) as file:
             table = file.read(columns=columns)
             table.validate(full=True)  # else text that is no UTF-8 is met much later
             return table

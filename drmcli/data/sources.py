@@ -18,6 +18,7 @@ from drmcli.data.cache import ALONE, ROUNDS, Encoders, Workers, prompt_keys
 from drmcli.data.store import Store, Writer
 from drmcli.errors import RunError
 from drmcli.families.base import Conditioning
+from drmcli.files import make_folder
 from drmcli.run import Reporter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -93,6 +94,7 @@ def open_prompts(
     """
     if where == "live":
         return LivePrompts(texts, encoders, batch_size)
+    make_folder(root)
     suffix = "" if dtype == "auto" else f"-{dtype}"
     store = Store(root / f"prompts-{encoders.prints()[1]}{suffix}")
     keys = prompt_keys(texts)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drmcli.data.parquet import read_table
 from drmcli.errors import DrmError, InputError, RunError
 from drmcli.files import disk_is_full, write_bytes
 
@@ -94,7 +95,7 @@ class Store:
     def _read_index(self, listed: dict[str, int]) -> None:
         """The index, if there is one, less the shards that are gone or have changed since."""
         try:
-            table = pq.read_table(self.folder / INDEX)
+            table = read_table(self.folder / INDEX)
             sizes = json.loads(table.schema.metadata[b"shards"])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return

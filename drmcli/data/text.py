@@ -78,6 +78,7 @@ def read_text(path: str | Path, *, name: str | None = None, hint: str = "give a 
     Raises InputError when it is missing, no file, or not UTF-8 text.
     """
     name = str(path) if name is None else name
+    path = os.path.expanduser(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

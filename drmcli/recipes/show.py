@@ -48,7 +48,7 @@ class Found:
 
 def gather(run: str) -> Found:
     """Config, summary and tables of a run folder. Raises InputError where there is none; damaged files are problems of what is found."""
-    folder, name = Path(run), f"RUN {run}"
+    folder, name = Path(run).expanduser(), f"RUN {run}"
     if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
         raise InputError(f"{name}: holds no config.yaml", hint="give a run folder, such as runs/demo")
     problems: list[str] = []

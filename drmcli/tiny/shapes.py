@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 
 from drmcli.data.images import BytesImage
+from drmcli.data.parquet import read_table
 from drmcli.data.preferences import Preferences
+from drmcli.files import make_folder
 from drmcli.generator import Generator
 from drmcli.run import Reporter, seed_of, write_bytes
 from drmcli.tiny import world
@@ -52,6 +54,7 @@ def load_shapes(
 
     generated: share of the captions whose pictures are the generator's samples, at guidance scales 1 to 4.
     """
+    make_folder(root)
     texts = list(world.captions(split))
     rng = np.random.default_rng(seed_of("shapes", split, seed))
     order = [texts[i] for i in rng.permutation(len(texts))]
@@ -72,7 +75,7 @@ def load_shapes(
             pictures = np.concatenate([ours, pictures])
         captions = [text for text in chosen for _ in range(GROUP)]
         write_bytes(file, _pack(captions, pictures, sampled))
-    return _pairs(pq.read_table(file), split, seed)
+    return _pairs(read_table(file), split, seed)
 
 
 def _render(texts: list[str], rng: np.random.Generator) -> np.ndarray:

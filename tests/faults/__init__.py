@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("text", "data", "options", "scorers")
+MODULES = ("text", "data", "options", "scorers", "weights")
 
 
 @dataclass

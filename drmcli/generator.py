@@ -33,6 +33,7 @@ from drmcli.parts import (
     settle,
     sorted_parts,
 )
+from drmcli.pipeline_values import checked, encoding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -114,7 +115,7 @@ class Generator:
             index = read_index(where, revision)
             family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
             kind: Any = family.pipeline_class(index["_class_name"])
-            given, absent, wanted = sorted_parts(family, kind, index, components, text_encoder_3)
+            given, absent, wanted = sorted_parts(family, kind, index, components, text_encoder_3, f"{flag} {ref}")
             if "transformer" not in components:
                 absent[family.denoiser] = empty_denoiser(family, where, revision)
             others = [n for n in wanted if n != family.denoiser]
@@ -126,7 +127,7 @@ class Generator:
         settle(pipe, family, device, kernels, whole="transformer" in components)
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
         generator.vae_tiling, generator.kernels = vae_tiling, kernels
-        return generator
+        return checked(generator, components, f"{flag} {ref}")
 
     @property
     def transformer(self) -> Any:
@@ -163,14 +164,14 @@ class Generator:
         """Name and channels of the latents: see `families.base.latent_space`."""
         return latent_space(self.family, self.model_config)
 
-    @torch.no_grad()
+    @encoding
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """All of the pipeline's text conditioning for B prompts, so many at once as memory allows."""
         texts, length = list(prompts), self.max_sequence_length
         parts = self._room.prompts.each(lambda at: self.family.encode_prompts(self.pipe, texts[at], length), len(texts))
         return parts[0] if len(parts) == 1 else Conditioning.cat(parts)
 
-    @torch.no_grad()
+    @encoding
     def encode_negative(self, prompt: str, guidance_scale: float) -> Conditioning | None:
         """A negative prompt's conditioning, one row; None where this scale takes no second pass.
 

@@ -128,4 +128,130 @@ REWARDS = [
     reward("format", None, "format must be a valid integer, got None"),
     fault("reward cut", "score a.png --prompt a --reward m --json --out r", 2, r"--reward m: config\.json is damaged", {"a.png": png(), "m/config.json": "[" * 100_000}),
 ]  # fmt: skip
-FAULTS = [*LORAS, *REWARDS]
+
+
+# --- pipelines ----------------------------------------------------------------------------------------------------------------------
+
+
+def pipeline(file: str, key: str, value: Any, says: str, *more: str):
+    """The embedded pipeline with another value in one of its configs."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(embedded("generator"), folder / "g")
+        changed(folder / "g" / file, **{key: value})
+
+    command = ["sample", "a circle", "--steps", "1", "--generator", "g", "--json", "--out", "r", *more]
+    return fault(f"pipeline {file} {key} {value!r} {' '.join(more)}", command, 2, "error: " + says, make=make)
+
+
+INDEX, VAE, DENOISER = "model_index.json", "vae/config.json", "transformer/config.json"
+SCHEDULER, WORDS = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+NUMBER = r"--generator g: vae/config\.json: scaling_factor must be a finite number other than 0"
+PIPELINES = [
+    *(
+        pipeline(INDEX, name, [None, None], rf"--generator g: its model_index\.json names no {name}")
+        for name in ("transformer", "vae", "text_encoder", "tokenizer")
+    ),
+    pipeline(INDEX, "transformer", [], r"--generator g: its model_index\.json names no transformer"),
+    pipeline(INDEX, "vae", ["nosuch", "VAE"], r"--generator g: its model_index\.json names \['nosuch', 'VAE'\] for vae, which is no class"),
+    pipeline(INDEX, "vae", ["nosuch", "VAE"], r"--generator g: its model_index\.json names \['nosuch', 'VAE'\]", "--dry-run"),
+    pipeline(INDEX, "vae", [None, None], r"--generator g: its model_index\.json names \[None, None\] for vae", "--dry-run"),
+    pipeline(INDEX, "text_encoder_2", ["transformers"], r"--generator g: its model_index\.json names \['transformers'\] for text_encoder_2"),
+    pipeline(VAE, "scaling_factor", None, NUMBER + ", got None"),
+    pipeline(VAE, "scaling_factor", "x", NUMBER + ", got 'x'"),
+    pipeline(VAE, "scaling_factor", float("nan"), NUMBER + ", got nan"),
+    pipeline(VAE, "scaling_factor", 0, NUMBER + ", got 0"),
+    pipeline(VAE, "shift_factor", "x", r"--generator g: vae/config\.json: shift_factor must be a finite number, got 'x'"),
+    pipeline(VAE, "norm_num_groups", -1, r"--generator g: vae/config\.json: norm_num_groups must be above 0, got -1"),
+    pipeline(DENOISER, "sample_size", -1, r"--generator g: transformer/config\.json: makes -2 pixels on a side"),
+    pipeline(DENOISER, "pos_embed_max_size", None, r"--generator g: transformer/config\.json: int\(\) argument"),
+    pipeline(SCHEDULER, "base_shift", "x", r"--generator g: scheduler/scheduler_config\.json: unsupported operand"),
+    pipeline(SCHEDULER, "shift", float("nan"), r"--generator g: scheduler/scheduler_config\.json: makes noise levels that are not finite"),
+    pipeline(WORDS, "model_max_length", "x", "--generator g: its tokenizers: tokenizer: model_max_length must be a number above 0"),
+    pipeline(WORDS, "pad_token", None, "g: its text encoders cannot encode a prompt: ValueError: Asking to pad"),
+    pipeline("text_encoder/config.json", "num_hidden_layers", "x", "--generator g: cannot be loaded: Validation error for field 'num_hidden_layers'"),
+    pipeline("text_encoder/config.json", "num_attention_heads", -1, "--generator g: its text encoders: text_encoder: num_attention_heads must be above 0"),
+    pipeline("text_encoder/config.json", "eos_token_id", None, "g: its text encoders cannot encode a prompt: AttributeError"),
+]  # fmt: skip
+
+
+# --- runs that are exported ---------------------------------------------------------------------------------------------------------
+
+
+def exported(name: str, says: str, command: str, *, yaml: str | None = None, config: dict[str, Any] | None = None,
+             summary: dict[str, Any] | None = None, reward: dict[str, Any] | str | None = None, code: int = 2):  # fmt: skip
+    """A finished run in r. yaml: all of its config.yaml; config, summary, reward: values that are changed, or all of reward/config.json."""
+
+    def make(folder: Path) -> None:
+        from drmcli import config as configs
+
+        run = folder / "r"
+        run.mkdir()
+        values = configs.resolve(command, flags=config or {})
+        (run / "config.yaml").write_text(configs.to_yaml(values, command) if yaml is None else yaml)
+        if command == "train-reward":
+            shutil.copytree(embedded("reward-own"), run / "reward")
+            own = {
+                "train_pairs": 4,
+                "eval_pairs": 4,
+                "eval_by_sigma": [{"sigma": 0.25, "accuracy": 50.0, "ci95": [25.0, 75.0]}],
+            }
+            if isinstance(reward, str):
+                (run / "reward" / "config.json").write_text(reward)
+            else:
+                changed(run / "reward" / "config.json", **(reward or {}))
+        else:
+            from numpy import ones
+            from safetensors.numpy import save_file
+
+            (run / "lora").mkdir()
+            save_file(
+                {f"{KEY}.lora_A.weight": ones((2, 64), "float32")}, run / "lora" / "pytorch_lora_weights.safetensors"
+            )
+            own = {
+                "updates": 9,
+                "best_update": 7,
+                "reward_before": 1.0,
+                "reward_after": 2.0,
+                "reward_gain_ci95": [0.5, 1.5],
+            }
+        made = {"command": command} | own | (summary or {})
+        (run / "summary.json").write_text(json.dumps({key: value for key, value in made.items() if value != "absent"}))
+
+    return fault(f"export {command} {name}", "export r --to out --json", code, says, make=make)
+
+
+def trained(name: str, says: str, **more: Any):
+    return exported(name, says, "train-reward", **more)
+
+
+def aligned(name: str, says: str, **more: Any):
+    return exported(name, says, "grpo", **more)
+
+
+CONFIG, SUMMARY = r"error: RUN r: its config\.yaml is damaged", r"error: RUN r: its summary\.json is damaged"
+EXPORTS = [
+    trained("whole", '"kind": "reward model"', code=0),
+    trained("base of a number", r"error: RUN r: config\.json: base_model must be a valid string, got 3", reward='{"base_model": 3, "transformer": 4}'),
+    trained("config empty", r"error: RUN r: config\.json is not a reward model's", reward="{}"),
+    trained("config cut", r"error: RUN r: config\.json is damaged", reward="{"),
+    trained("taps that are not there", r"error: RUN r: config\.json: tap_layers", reward={"tap_layers": [99]}),
+    trained("accuracies of a number", rf"{SUMMARY} \(TypeError", summary={"eval_by_sigma": 3}),
+    trained("accuracies gone", rf"{SUMMARY} \(KeyError: 'eval_by_sigma'", summary={"eval_by_sigma": "absent"}),
+    trained("accuracy of text", rf"{SUMMARY} \(ValueError", summary={"eval_by_sigma": [{"sigma": 0.5, "accuracy": "x"}]}),
+    trained("interval of one end", rf"{SUMMARY} \(IndexError", summary={"eval_by_sigma": [{"sigma": 0.5, "accuracy": 5, "ci95": [1]}]}),
+    trained("pairs of text", rf"{SUMMARY} \(ValueError", summary={"train_pairs": "x"}),
+    trained("yaml cut", rf"{CONFIG} \(KeyError: 'data'", yaml="command: train-reward\n"),
+    trained("data of a number", rf"{CONFIG} \(TypeError", yaml="command: train-reward\ndata: 4\n"),
+    trained("data of numbers", rf"{CONFIG} \(AttributeError", yaml="command: train-reward\ndata: [4]\n"),
+    aligned("whole", '"kind": "LoRA"', code=0),
+    aligned("yaml cut", rf"{CONFIG} \(generator is None", yaml="command: grpo\n"),
+    aligned("yaml without the rest", rf"{CONFIG} \(KeyError", yaml="command: grpo\ngenerator: owner/base\n"),
+    aligned("generator of a number", rf"{CONFIG} \(generator is 4", yaml="command: grpo\ngenerator: 4\n"),
+    aligned("best update gone", rf"{SUMMARY} \(best_update is None", summary={"best_update": "absent"}),
+    aligned("best update of text", rf"{SUMMARY} \(best_update is 'x'", summary={"best_update": "x"}),
+    aligned("reward gone", rf"{SUMMARY} \(KeyError: 'reward_after'", summary={"reward_after": "absent"}),
+    aligned("reward of text", rf"{SUMMARY} \(ValueError", summary={"reward_after": "x"}),
+    aligned("interval of a number", rf"{SUMMARY} \(TypeError", summary={"reward_gain_ci95": 3}),
+]  # fmt: skip
+FAULTS = [*LORAS, *REWARDS, *PIPELINES, *EXPORTS]

@@ -33,6 +33,7 @@ from drmcli.parts import (
     settle,
     sorted_parts,
 )
+from drmcli.pipeline_values import checked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PromptEmbeds = Conditioning
@@ -114,7 +115,7 @@ class Generator:
             index = read_index(where, revision)
             family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
             kind: Any = family.pipeline_class(index["_class_name"])
-            given, absent, wanted = sorted_parts(family, kind, index, components, text_encoder_3)
+            given, absent, wanted = sorted_parts(family, kind, index, components, text_encoder_3, f"{flag} {ref}")
             if "transformer" not in components:
                 absent[family.denoiser] = empty_denoiser(family, where, revision)
             others = [n for n in wanted if n != family.denoiser]
@@ -126,7 +127,7 @@ class Generator:
         settle(pipe, family, device, kernels, whole="transformer" in components)
         generator = cls(pipe, ref, revision=revision, max_sequence_length=max_sequence_length, family=family)
         generator.vae_tiling, generator.kernels = vae_tiling, kernels
-        return generator
+        return checked(generator, components, f"{flag} {ref}")
 
     @property
     def transformer(self) -> Any:

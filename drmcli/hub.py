@@ -23,6 +23,11 @@ LAYOUTS = {
 }
 """What a flag's folder must hold, for the hint when it cannot be loaded."""
 
+LOADING = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, hub_errors.StrictDataclassError,
+)  # fmt: skip
+"""What the libraries raise for files and configs that they cannot read."""
+
 
 @contextmanager
 def explained(ref: str, flag: str, *, page: str | None = None):
@@ -44,7 +49,7 @@ def explained(ref: str, flag: str, *, page: str | None = None):
         raise MissingError(f"{flag} {ref}: not in the local cache, and the hub cannot be reached", hint=hint) from error
     except SafetensorError as error:
         raise InputError(f"{flag} {ref}: damaged weights: {error}", hint="download or build the model again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except LOADING as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
         fact = one_line(error)

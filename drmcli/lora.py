@@ -8,21 +8,23 @@ Without a word about alpha it is the rank, as for diffusers.
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
 from huggingface_hub import hf_hub_download, list_repo_files
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from drmcli.config import local_or_hub, package_path
+from drmcli.data.text import parse_json, parse_yaml, read_text, short
 from drmcli.errors import InputError
 from drmcli.hub import explained
+from drmcli.loading import finite
 
 if TYPE_CHECKING:
     from drmcli.generator import Generator
@@ -37,6 +39,7 @@ ENDINGS = {
     ".alpha": "alpha",
 }  # fmt: skip
 """Ends of keys, and what stands there: down [rank, in], up [out, rank], or a scale."""
+AGAIN = "download or train it again"
 
 
 def load_lora(generator: Generator, ref: str, flag: str = "--lora") -> None:
@@ -53,11 +56,11 @@ def load_lora(generator: Generator, ref: str, flag: str = "--lora") -> None:
     denoiser = generator.transformer
     parts = by_module(tensors, denoiser, type(generator.pipe).__name__, f"{flag} {ref}")
     ranks = {name: len(part["down"]) for name, part in parts.items()}
-    alphas = {name: float(part["alpha"]) for name, part in parts.items() if "alpha" in part}
+    alphas = {name: float(part["alpha"].float()) for name, part in parts.items() if "alpha" in part}
     if not alphas:
         alphas = alphas_beside(file, metadata, generator.family.denoiser, ranks, f"{flag} {ref}")
     state = {
-        f"{name}.lora_{side}.weight": part[key]
+        f"{name}.lora_{side}.weight": _computable(part[key])
         for name, part in parts.items()
         for side, key in (("A", "down"), ("B", "up"))
     }
@@ -81,6 +84,7 @@ def find_file(ref: str, flag: str) -> Path:
 
     Raises InputError where there is none, or several; MissingError where the folder or file is not there.
     """
+    ref = os.path.expanduser(ref)
     what, path = f"{flag} {ref}", Path(package_path(ref))
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -141,22 +145,38 @@ def by_module(
             hint="use a LoRA that was trained on this pipeline",
         )
     for name, part in parts.items():
-        weight = modules[name].weight
-        if part.keys() < {"down", "up"}:
-            raise InputError(f"{what}: half of the LoRA of {name} is missing", hint="download or train it again")
-        down, up = part["down"], part["up"]
-        if down.shape[1:] != weight.shape[1:] or up.shape[0] != weight.shape[0] or up.shape[1] != down.shape[0]:
-            raise InputError(
-                f"{what}: {name} has shapes {list(up.shape)} and {list(down.shape)} for weights of {list(weight.shape)}",
-                hint="use a LoRA that was trained on this pipeline",
-            )
-        if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise InputError(f"{what}: the weights of {name} are not finite", hint="download or train it again")
+        _check_part(name, part, modules[name].weight, what)
     if not parts:
         raise InputError(
             f"{what}: holds no weights for the denoiser", hint="use a LoRA that was trained on this pipeline"
         )
     return parts
+
+
+def _check_part(name: str, part: dict[str, Tensor], weight: Tensor, what: str) -> None:
+    """Raises InputError unless `down` and `up` are there, fit the weights of their module and are finite, and an alpha is a number."""
+    if not {"down", "up"} <= part.keys():
+        raise InputError(f"{what}: half of the LoRA of {name} is missing", hint=AGAIN)
+    down, up = part["down"], part["up"]
+    fits = down.ndim >= 2 <= up.ndim and down.shape[1:] == weight.shape[1:] and up.shape[0] == weight.shape[0]
+    if not fits or up.shape[1] != down.shape[0]:
+        raise InputError(
+            f"{what}: {name} has shapes {list(up.shape)} and {list(down.shape)} for weights of {list(weight.shape)}",
+            hint="use a LoRA that was trained on this pipeline",
+        )
+    for tensor in (down, up):
+        if not tensor.is_floating_point():
+            raise InputError(f"{what}: the weights of {name} are {tensor.dtype}, which drm does not read", hint=AGAIN)
+        if not finite(tensor):
+            raise InputError(f"{what}: the weights of {name} are not finite", hint=AGAIN)
+    alpha = part.get("alpha")
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not finite(alpha)):
+        raise InputError(f"{what}: the alpha of {name} is not one finite number", hint=AGAIN)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """A tensor in a number format that layers compute in: those of eight bits are for keeping alone."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _own_name(key: str, modules: dict[str, nn.Module], flat: dict[str, str]) -> str | None:
@@ -180,32 +200,66 @@ def alphas_beside(
 ) -> dict[str, float]:
     """Alphas by module from what stands beside the tensors; empty where nobody says one."""
     if "lora_adapter_metadata" in metadata:
-        whole = json.loads(metadata["lora_adapter_metadata"])
-        return _of_config({k.removeprefix(f"{prefix}."): v for k, v in whole.items()}, ranks, what)
+        source = f"{what}: its metadata lora_adapter_metadata"
+        return _of_config(_object(metadata["lora_adapter_metadata"], source, f"{prefix}."), ranks, source)
     config = file.with_name("adapter_config.json")
     if config.is_file():
-        return _of_config(json.loads(config.read_text(encoding="utf-8")), ranks, what)
+        source = f"{what}: its adapter_config.json"
+        return _of_config(_object(read_text(config, name=source, hint=AGAIN), source), ranks, source)
     for folder in (file.parent, file.parent.parent):  # a run's `lora` folder, or a checkpoint in it
-        run = folder / "config.yaml"
-        if run.is_file():
-            values = yaml.safe_load(run.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and isinstance(values.get("lora_alpha"), int):
-                return dict.fromkeys(ranks, float(values["lora_alpha"]))
-    card = file.with_name("README.md")
-    said = re.search(r"A LoRA of rank \d+, alpha (\d+)", card.read_text(encoding="utf-8")) if card.is_file() else None
+        values = _of_others(folder / "config.yaml", lambda text: parse_yaml(text, "config.yaml"))
+        alpha = values.get("lora_alpha") if isinstance(values, dict) else None
+        if isinstance(alpha, int) and _is_number(alpha):
+            return dict.fromkeys(ranks, float(alpha))
+    said = _of_others(
+        file.with_name("README.md"), lambda text: re.search(r"A LoRA of rank \d+, alpha (\d{1,9})\b", text)
+    )
     return dict.fromkeys(ranks, float(said[1])) if said else {}
 
 
-def _of_config(config: dict[str, Any], ranks: dict[str, int], what: str) -> dict[str, float]:
-    """Alphas by module of a PEFT config. Raises InputError for kinds of LoRA that are not plain ones."""
+def _of_others(file: Path, read: Callable[[str], Any]) -> Any:
+    """What a file beside a LoRA says; None where it is not there or not readable: files of these names may be anybody's."""
+    if not file.is_file():
+        return None
+    try:
+        return read(read_text(file))
+    except InputError:
+        return None
+
+
+def _object(text: str, source: str, prefix: str = "") -> dict[str, Any]:
+    """A JSON object, its keys without the prefix. Raises InputError, beginning with `source`, for anything else."""
+    values = parse_json(text, source, hint=AGAIN)
+    if not isinstance(values, dict):
+        raise InputError(f"{source} is no JSON object", hint=AGAIN)
+    return {key.removeprefix(prefix): value for key, value in values.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Is a value of JSON or YAML a number that a finite float holds?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _of_config(config: dict[str, Any], ranks: dict[str, int], source: str) -> dict[str, float]:
+    """Alphas by module of a PEFT config. Raises InputError, beginning with `source`, for one that is damaged or of no plain LoRA."""
     for kind in ("use_dora", "modules_to_save"):
         if config.get(kind):
-            raise InputError(f"{what}: its adapter_config.json asks for {kind}", hint="use a plain LoRA")
+            raise InputError(f"{source} asks for {kind}", hint="use a plain LoRA")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{source}: alpha_pattern is no JSON object", hint=AGAIN)
+    said = {"lora_alpha": config["lora_alpha"]} if "lora_alpha" in config else {}
+    for key, value in (said | {f"alpha_pattern of {name}": a for name, a in patterns.items()}).items():
+        if not _is_number(value):
+            raise InputError(f"{source}: {key} must be a finite number, got {short(value)}", hint=AGAIN)
+    compiled = []
+    for pattern, alpha in patterns.items():
+        try:
+            compiled.append((re.compile(rf"(.*\.)?({pattern})"), alpha))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"{source}: alpha_pattern {short(pattern)} is no pattern: {error}", hint=AGAIN) from None
     alphas = {}
     for name, rank in ranks.items():
-        patterns = config.get("alpha_pattern") or {}
-        alpha = next(
-            (a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name)), config.get("lora_alpha", rank)
-        )
+        alpha = next((a for pattern, a in compiled if pattern.fullmatch(name)), config.get("lora_alpha", rank))
         alphas[name] = float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
     return alphas

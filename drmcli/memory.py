@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from drmcli.families.base import Conditioning, Family
+from drmcli.parts import part_class
 from drmcli.quantize import saving
 from drmcli.reward import RewardModel
 from drmcli.reward_config import RewardConfig
@@ -226,9 +226,9 @@ def component_maker(
 ) -> Callable[[], nn.Module] | None:
     """What makes one of a pipeline's models from its config; None where the pipeline lacks it, or it is no model."""
     entry = index.get(name)
-    if not isinstance(entry, list | tuple) or not entry[0]:  # a pipeline without T5 names it with nulls
+    if not isinstance(entry, list | tuple) or not any(entry):  # a pipeline without T5 names it with nulls
         return None
-    cls = getattr(import_module(entry[0]), entry[1])
+    cls: Any = part_class(name, entry, where)
     if not issubclass(cls, nn.Module):
         return None
     if hasattr(cls, "load_config"):

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers import PreTrainedModel
 
+from drmcli.data.text import short
 from drmcli.errors import InputError
 from drmcli.families.base import Family
 from drmcli.fingerprints import at_hand, reach
@@ -25,17 +26,22 @@ from drmcli.quantize import quantize
 if TYPE_CHECKING:
     from drmcli.generator import Generator
 
+AGAIN = "download or build the model again"
+TEXT = ("tokenizer", "text_encoder")
+"""The encoders that no pipeline is without; a second and third may be left out."""
+
 
 def sorted_parts(
-    family: Family, kind: Any, index: dict[str, Any], components: Sequence[str], text_encoder_3: bool
+    family: Family, kind: Any, index: dict[str, Any], components: Sequence[str], text_encoder_3: bool, what: str
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """The names of a pipeline's parts, those that stay out (None each), and the classes of the models that are to be loaded.
 
-    kind, index: the pipeline's class and its model_index.json; components: see `Generator`.
+    kind, index: the pipeline's class and its model_index.json; components: see `Generator`. Raises InputError, beginning with `what`,
+    where the index lacks a part that is asked for, or names one that is none.
     """
     known = inspect.signature(kind.__init__).parameters
     given = {name: value for name, value in index.items() if name in known and isinstance(value, list | tuple)}
-    absent: dict[str, Any] = {name: None for name, value in given.items() if value[0] is None}
+    absent: dict[str, Any] = {name: None for name, value in given.items() if not any(value)}
     absent |= {name: None for name in family.optional if name in given}
     if not text_encoder_3:
         absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name in known}
@@ -45,8 +51,24 @@ def sorted_parts(
         absent |= {"vae": None}
     if "transformer" not in components:
         absent |= {family.denoiser: None}
-    wanted = {n: getattr(import_module(v[0]), v[1]) for n, v in given.items() if n not in absent}
+    asked = {"transformer": (family.denoiser,), "vae": ("vae",), "text": TEXT}
+    for name in (name for component in components for name in asked[component]):
+        if name in (family.denoiser, "vae", *family.text) and (name not in given or not any(given[name])):
+            raise InputError(f"{what}: its model_index.json names no {name}", hint=AGAIN)
+    wanted = {n: part_class(n, v, what) for n, v in given.items() if n not in absent}
     return list(given), absent, {n: part for n, part in wanted.items() if issubclass(part, torch.nn.Module)}
+
+
+def part_class(name: str, entry: Any, what: str) -> type:
+    """The class of a part by its entry in model_index.json, [library, class]. Raises InputError, beginning with `what`, for another."""
+    try:
+        library, kind = entry
+        found = getattr(import_module(library), kind)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise InputError(f"{what}: its model_index.json names {short(entry)} for {name}, which is no class", hint=AGAIN)
+    return found
 
 
 def load_parts(
@@ -117,7 +139,7 @@ def load_part(
         **straight,
     )  # fmt: skip
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint="download or build the model again")
+        raise InputError(f"{where}: {name} lacks the weights of {missing[0]}", hint=AGAIN)
     model.to(device)
     _refuse_broken(model, f"{where}: {name}")
     return model
@@ -179,7 +201,7 @@ def _refuse_broken(module: torch.nn.Module, where: str) -> None:
     """Weights that are not finite would only show as a useless score much later."""
     for name, tensor in module.state_dict().items():
         if not tensor.is_meta and not finite(tensor):
-            raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
+            raise InputError(f"{where}: the weights of {name} are not finite", hint=AGAIN)
 
 
 @contextmanager

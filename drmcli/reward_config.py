@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from drmcli.config.schema import Finite, Layer, Pixels, Width
+from drmcli.data.text import cut, short
 from drmcli.errors import InputError
+from drmcli.families import family_named
 
 FORMAT = 1
+Backbone = Literal["full", "lora", "frozen", "head"]
 
 
 @dataclass
@@ -27,52 +34,93 @@ class RewardConfig:
     """What the family must know of the base's scheduler; None where that is nothing."""
     base_revision: str | None = None
     """Revision of the base on the hub."""
-    max_sequence_length: int = 256
+    max_sequence_length: Annotated[int, Field(ge=0, le=4096)] = 256
     """Tokens of the T5 part of a prompt in training."""
     text_encoder_3: bool = True
     """Was T5 there in training?"""
-    resolution: int | None = None
+    resolution: Pixels | None = None
     """Side of the training images, pixels; None is the base's own."""
-    drop_layers: int = 3
+    drop_layers: Layer = 3
     """Blocks cut off at the end."""
-    tap_layers: list[int] | None = None
+    tap_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     """Blocks whose image tokens the head reads; None is the last kept one."""
-    head_width: int = 512
+    head_width: Width = 512
     """Width of the head."""
-    head_pool: str = "mean"
+    head_pool: Literal["mean", "attention"] = "mean"
     """Pooling over the grid: mean or attention."""
-    backbone: str = "full"
+    backbone: Backbone = "full"
     """full: the backbone's weights are saved here; lora, frozen: they are the base's."""
-    lora_rank: int = 64
-    lora_alpha: int = 128
+    lora_rank: Width = 64
+    lora_alpha: Width = 128
     lora_targets: list[str] | None = None
     """Modules that carry the LoRA; None is the family's own list."""
-    guidance: float | None = None
+    guidance: Finite | None = None
     """The guidance scale that a guidance-distilled base is told; None is the family's own."""
-    format: int = FORMAT
+    format: Annotated[int, Field(ge=1)] = FORMAT
     """Version of this layout."""
 
 
 def read_config(folder: Path, where: str) -> RewardConfig:
     """config.json of a saved reward model. Raises InputError when it is missing, damaged or of another kind."""
+    again = "train or download it again"
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{where}: holds no config.json", hint="give the `reward` folder of a train-reward run"
         ) from None
-    except ValueError as error:
-        raise InputError(f"{where}: config.json is damaged: {error}", hint="train or download it again") from None
-    known = {f.name for f in fields(RewardConfig)}
-    if not isinstance(values, dict) or not {"base_model", "transformer"} <= values.keys() or not values.keys() <= known:
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: config.json is damaged: {cut(str(error))}", hint=again) from None
+    rules = _rules()
+    if not isinstance(values, dict) or not {"base_model", "transformer"} <= values.keys() <= rules.keys():
         raise InputError(
             f"{where}: config.json is not a reward model's", hint="give the `reward` folder of a train-reward run"
         )
-    if values.get("format", FORMAT) > FORMAT:
+    for key, value in values.items():
+        try:
+            rules[key].validate_python(value, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            fact = first["msg"].replace("Input should", "must").replace("should", "must")
+            raise InputError(
+                f"{where}: config.json: {key} {fact[0].lower()}{fact[1:]}, got {short(first['input'])}", hint=again
+            ) from None
+    config = RewardConfig(**values)
+    if config.format > FORMAT:
         raise InputError(
-            f"{where}: written by a newer drm (format {values['format']})", hint="pip install --upgrade drmcli"
+            f"{where}: written by a newer drm (format {config.format})", hint="pip install --upgrade drmcli"
         )
-    return RewardConfig(**values)
+    _check_layers(config, where, again)
+    return config
+
+
+@lru_cache
+def _rules() -> dict[str, TypeAdapter[Any]]:
+    """What each key may hold."""
+    return {key: TypeAdapter(kind) for key, kind in get_type_hints(RewardConfig, include_extras=True).items()}
+
+
+def _check_layers(config: RewardConfig, where: str, hint: str) -> None:
+    """Raises InputError, beginning with `where`, unless the base's denoiser has the blocks that are cut off and tapped."""
+    family = family_named(config.family, where)
+    try:
+        known = family.bound(config.scheduler or {})
+        depth, channels, patch = (size(config.transformer) for size in (known.depth, known.channels, known.patch))
+        if min(depth, channels, patch) < 1:
+            raise ValueError(f"{depth} blocks, {channels} channels, patches of {patch}")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        fact = cut(f"{type(error).__name__}: {error}")
+        raise InputError(
+            f"{where}: config.json: transformer and scheduler are not those of a pipeline of the family {family.name} ({fact})",
+            hint=hint,
+        ) from None
+    keep = depth - config.drop_layers
+    if keep < 1:
+        raise InputError(
+            f"{where}: config.json: drop_layers: {config.drop_layers} of {depth} blocks leave nothing", hint=hint
+        )
+    if any(tap >= keep for tap in config.tap_layers or []):
+        raise InputError(f"{where}: config.json: tap_layers: {config.tap_layers} for {keep} kept blocks", hint=hint)
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str) -> None:

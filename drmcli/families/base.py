@@ -139,6 +139,8 @@ class Family:
     """Pixels of the VAE's latents on the side of a canonical one: 2 where the transformer's channels hold 2 x 2 of them."""
     pipeline_facts: tuple[str, ...] = ()
     """Entries of model_index.json that go with the denoiser's config, in `guides`."""
+    vae_values: tuple[str, ...] = ("scaling_factor",)
+    """Entries of the VAE's config that encoding and decoding compute with: a number, or one a channel of the latents."""
     scheduler_facts: tuple[str, ...] = ()
     """Entries of the pipeline's scheduler config that the family must know; a reward model saves them."""
 

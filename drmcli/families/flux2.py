@@ -21,6 +21,7 @@ class Flux2(Family):
     """Conditioning: `prompt_embeds` [B, L, 3 D], three layers side by side; always padded to one length, and the padding is read."""
 
     name = "flux2"
+    vae_values = ("batch_norm_eps",)
     denoiser_class = Flux2Transformer2DModel
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

@@ -19,6 +19,7 @@ class QwenImage(Family):
     """Conditioning: `prompt_embeds` [B, T, D] of Qwen2.5-VL behind the template, `mask` [B, T]."""
 
     name = "qwen_image"
+    vae_values = ("latents_mean", "latents_std")
     denoiser_class = QwenImageTransformer2DModel
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

@@ -231,3 +231,15 @@ def show_examples(page: Report, examples: list[Example]) -> None:
     for example in examples:
         page.text(example.caption)
         page.row(example.pictures, [f"{s:+.2f} · judge {j:.2f}" for s, j in zip(example.scores, example.judged)])
+
+
+def plan(config: Demo) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    return {
+        "train-reward": f"twice {config.steps} steps, from the pre-trained transformer and from random weights",
+        "bench": "600 pairs at sigma 0.25, four noise draws a picture",
+        "sample": f"{DRAWN} captions, two pictures each: {', '.join(WAYS)}",
+        "grpo": f"{config.updates} updates",
+        "report": str(Path(config.out or "runs/demo") / "report.html"),
+        "download": "nothing",
+    }

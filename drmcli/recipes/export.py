@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from drmcli import cards, signals
 from drmcli.config import Export
+from drmcli.data.text import short
 from drmcli.errors import InputError, MissingError
 from drmcli.files import atomic_folder, begun_runs, guarded, read_object
-from drmcli.hub import pushing
+from drmcli.hub import one_line, pushing
+from drmcli.reward_config import read_config
 from drmcli.run import SILENT, Reporter
 
 PRODUCTS = {"train-reward": ("reward",), "grpo": ("lora", "generator")}
@@ -191,10 +194,13 @@ def found(name: str) -> Product:
     model = next((folder / p for p in candidates if (folder / p).is_dir()), None)
     if model is None:
         raise InputError(f"{where}: its folder {candidates[0]} is gone", hint="run its command again with --overwrite")
-    base = config.get("generator", "")
+    base = config.get("generator")
     if model.name == "reward":  # a run that went on from another model keeps that one's base
-        base = (read_object(model / "config.json", where) or {}).get("base_model", base)
-    return Product(folder, model, config, summary, str(base))
+        _check_file(model / "config.json", where)
+        base = read_config(model, where).base_model
+    if not isinstance(base, str) or not base:
+        raise _damaged(where, "config.yaml", f"generator is {short(base)}")
+    return Product(folder, model, config, summary, base)
 
 
 def newest() -> Path:
@@ -224,12 +230,35 @@ def fill(product: Product, name: str) -> None:
         if values.get("base_model") != product.base and named(product.base):
             values["base_model"] = product.base
             product.files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
-        card = cards.reward_card(values, config=product.config, summary=product.summary, name=name)
+        card = _card(
+            product, lambda summary: cards.reward_card(values, config=product.config, summary=summary, name=name)
+        )
     else:
-        update = product.summary["updates" if last else "best_update"]
+        key = "updates" if last else "best_update"
+        update = product.summary.get(key)
+        if not isinstance(update, int):
+            raise _damaged(f"RUN {product.run}", "summary.json", f"{key} is {short(update)}")
         config = product.config | {"generator": product.base}
-        card = cards.policy_card(config, update, kind=kind, summary=None if last else product.summary, name=name)
+        card = _card(
+            product,
+            lambda summary: cards.policy_card(config, update, kind=kind, summary=None if last else summary, name=name),
+        )
     product.files["README.md"] = card.encode()
+
+
+def _card(product: Product, write: Callable[[dict[str, Any] | None], str]) -> str:
+    """The card that `write` makes of the run's summary. Raises InputError naming the run's file that does not hold what a run writes."""
+    card = ""
+    for file, summary in (("config.yaml", None), ("summary.json", product.summary)):  # first of the config alone
+        try:
+            card = write(summary)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(f"RUN {product.run}", file, f"{type(error).__name__}: {one_line(error)}") from error
+    return card
+
+
+def _damaged(where: str, file: str, fact: str) -> InputError:
+    return InputError(f"{where}: its {file} is damaged ({fact})", hint="run its command again with --overwrite")
 
 
 def _check_file(file: Path, where: str) -> None:

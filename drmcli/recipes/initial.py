@@ -14,10 +14,11 @@ from drmcli.config import TrainReward
 from drmcli.errors import InputError
 from drmcli.quantize import refuse_learning
 from drmcli.reward import RewardModel
+from drmcli.reward_config import Backbone
 
 FRESH = ("pretrained", "random")
 """Values of `init` that are no reward model."""
-STORED = {
+STORED: dict[tuple[Backbone, Backbone], Backbone] = {
     ("full", "full"): "full",
     ("full", "frozen"): "full",
     ("lora", "lora"): "lora",
@@ -29,7 +30,7 @@ STORED = {
 """How a model's backbone is stored after training: by how it was, and by what of it is to learn. What is missing cannot be."""
 
 
-def learns(config: TrainReward) -> str:
+def learns(config: TrainReward) -> Backbone:
     """What of the backbone learns: full, lora or frozen; `head` is another word for the last."""
     return "frozen" if config.backbone == "head" else config.backbone
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from drmcli.generator import Generator, PromptEmbeds, pick_dtype
 from drmcli.hub import explained
 from drmcli.kernels import PLAIN, Kernels
 from drmcli.noise import score_clean
-from drmcli.parts import denoiser_config, quiet_libraries, read_index
+from drmcli.parts import denoiser_config, part_class, quiet_libraries, read_index
 from drmcli.reward import RewardModel
 from drmcli.run import Reporter, Run, write_text
 from drmcli.tiny.shapes import load_shapes
@@ -123,8 +122,8 @@ class LazyGenerator:
         """The family, its denoiser's config, and the pixels on a latent pixel's side."""
         where, revision, family = local_or_hub(self.ref, self.flag), self.options["revision"], self._family()
         with explained(self.ref, self.flag), quiet_libraries():
-            library, kind = read_index(where, revision)["vae"]
-            vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=revision)
+            kind: Any = part_class("vae", read_index(where, revision).get("vae"), f"{self.flag} {self.ref}")
+            vae = kind.load_config(where, subfolder="vae", revision=revision)
             return family, denoiser_config(family, where, revision), family.vae_factor(vae)
 
     def _family(self) -> Family:

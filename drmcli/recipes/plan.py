@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from drmcli.families import family_of
 from drmcli.families.base import Family, check_side, latent_shape
 from drmcli.hub import explained
 from drmcli.memory import cast, component_maker
-from drmcli.parts import denoiser_config, quiet_libraries, read_index
+from drmcli.parts import denoiser_config, part_class, quiet_libraries, read_index
 
 CLIP_TOKENS = 77
 """Tokens of CLIP where the tokenizer's config does not say."""
@@ -108,8 +108,8 @@ def _read(ref: str, where: str, revision: str | None, max_sequence_length: int, 
         index = read_index(where, revision)
         family = family_of(str(index.get("_class_name")), f"{flag} {ref}")
         denoiser = denoiser_config(family, where, revision)
-        library, kind = index["vae"]
-        vae = getattr(import_module(library), kind).load_config(where, subfolder="vae", revision=revision)
+        kind: Any = part_class("vae", index.get("vae"), f"{flag} {ref}")
+        vae = kind.load_config(where, subfolder="vae", revision=revision)
         tokens = family.text_tokens(max_sequence_length, _tokenizer_length(where))
     factor = family.vae_factor(vae)
     return Known(

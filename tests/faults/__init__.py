@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("text", "data", "options", "scorers", "results", "places")
+MODULES = ("text", "data", "options", "scorers", "results", "places", "weights")
 
 
 @dataclass

@@ -103,7 +103,17 @@ def test_a_run_warns_and_goes_on(drm, reward_folder: Path, tmp_path: Path) -> No
     """The warning reaches the log of a run."""
     longer = rewrite(reward_folder, tmp_path / "reward", max_sequence_length=3)
     done = drm(
-        "sample", "a large red circle", "--reward", longer, "--beams", 2, "--steps", 2, "--out", tmp_path / "out"
+        "sample",
+        "a large red circle",
+        "--reward",
+        longer,
+        "--stepwise",
+        "--beams",
+        2,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
     )
     assert done.code == 0, done.err
     assert "3 tokens, not 1" in (tmp_path / "out" / "log.txt").read_text()

@@ -310,26 +310,29 @@ def load_data(
         held = [
             load_preferences(name, "test", config, generator, reporter, flag="--eval-data") for name in config.eval_data
         ]
-        return sets, ratios, decided(held)
+        return sets, ratios, decided(held, sets)
     if made := [name for name, _ in named if name in MADE]:
         prompts = -(-config.eval_pairs // 5)
         held_out = load_preferences(made[0], "test", config, generator, reporter, flag="--eval-data", prompts=prompts)
-        return sets, ratios, decided([first_pairs(strict(held_out), config.eval_pairs)])
+        return sets, ratios, decided([first_pairs(strict(held_out), config.eval_pairs)], sets)
     parts = []
     for i, data in enumerate(sets):
         sets[i], held_out = data.split_by_prompt(min(0.2, max(0.02, config.eval_pairs / len(data))), config.seed)
         parts.append(first_pairs(strict(held_out), -(-config.eval_pairs // len(sets))))
-    return sets, ratios, decided(parts)
+    return sets, ratios, decided(parts, sets)
 
 
-def decided(sets: list[Preferences]) -> Preferences:
-    """Held-out sets end to end. Raises InputError where no pair of them is decided: accuracy counts the others."""
-    if all(data.is_tie.all() for data in sets):
+def decided(held: list[Preferences], sets: list[Preferences]) -> Preferences:
+    """Held-out sets end to end. Raises InputError where all their pairs are ties: accuracy counts the others.
+
+    sets: those to train on; without a pair of any weight, that is what is told first, where they are encoded.
+    """
+    if all(data.is_tie.all() for data in held) and any((data.pairs["weight"] > 0).any() for data in sets):
         raise InputError(
-            f"{sets[0].name}: every held-out pair is a tie, and accuracy counts the others",
+            f"{held[0].name}: every held-out pair is a tie, and accuracy counts the others",
             hint="hold out pairs of which one picture is better: name a file with --eval-data",
         )
-    some = [data for data in sets if len(data)]
+    some = [data for data in held if len(data)] or held[:1]
     return some[0] if len(some) == 1 else combine(some)
 
 

@@ -87,8 +87,13 @@ def refuse_unread(command: str, config: Any, named: set[str]) -> None:
                 f"{_flag(key)}: is not read, {config.dataset} is of {'generators' if draws else 'pairs'}",
                 hint=f"leave it out, or bench {other}",
             )
-    if "split" in named and os.path.exists(path):
-        raise InputError(f"--split {config.split}: {config.dataset} is a file, and has no splits", hint="leave it out")
+    if "split" in named and config.dataset not in NO_FILES and os.path.exists(path):
+        from drmcli.data.datasets import DATASETS
+
+        if config.dataset not in DATASETS:
+            raise InputError(
+                f"--split {config.split}: {config.dataset} is a file, and has no splits", hint="leave it out"
+            )
 
 
 def _flag(key: str) -> str:

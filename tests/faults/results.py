@@ -74,6 +74,7 @@ FAULTS = [
     fault("pairs for a bench of prompts", BENCH + "--dataset shapes-prompts --pairs 3", 2, "--pairs: is not read, shapes-prompts is of generators"),
     fault("a detector for prompts", BENCH + "--dataset shapes-prompts --detector shapes", 2, "--detector: is not read"),
     fault("a split of a file", BENCH + "--dataset a.jsonl --split test", 2, "--split test: a.jsonl is a file", FOUR | PAIRS),
+    fault("a split beside a folder of the dataset's name", BENCH + "--dataset shapes --split train", 0, "dataset: shapes", {"shapes/x": ""}),
     fault("beams of plain sampling", SAMPLE + "--beams 4", 2, "--beams: is not read by --mode plain"),
     fault("one beam of plain sampling", SAMPLE + "--beams 1", 0, "mode: plain"),
     fault("a budget without auto", SAMPLE + "--stepwise --budget 30", 2, "--budget: is not read by --mode stepwise"),

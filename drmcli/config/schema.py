@@ -340,7 +340,7 @@ class Sample(Common, Timed, Drawing):
     max_batch: Count = 64
     """Latents in one forward pass; halved when memory does not suffice."""
     trace: bool = False
-    """Draw the tree of candidates."""
+    """Draw the tree of candidates; costs a forward pass more for each of them."""
 
     @property
     def chooses(self) -> str:

@@ -234,11 +234,11 @@ def begun_runs() -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def damaged(path: Path, name: str) -> InputError:
-    """The error of a run's own file that does not hold what was written."""
+def damaged(path: Path, name: str, fact: str = "") -> InputError:
+    """The error of a run's own file that does not hold what was written. name: of the run; fact: what is wrong with the file."""
     writes = name.startswith("--out")  # else the run is only read
     return InputError(
-        f"{name}: its {path.name} is damaged",
+        f"{name}: its {path.name} is damaged" + (f" ({fact})" if fact else ""),
         hint="--overwrite starts again there, or choose another --out"
         if writes
         else "run the command that made it again, with --overwrite",

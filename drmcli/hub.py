@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 from drmcli.errors import DrmError, InputError, MissingError, RunError
 
+AGAIN = "download or build the model again"
+"""What helps where a model's own files are at fault."""
 LAYOUTS = {
     "": "the folder must hold a pipeline in Hugging Face layout with .safetensors weights",
     "--reward": "give the `reward` folder of a train-reward run, or a hub id of one",
@@ -48,7 +50,7 @@ def explained(ref: str, flag: str, *, page: str | None = None):
         hint = "connect once to download it (or unset HF_HUB_OFFLINE), or give a folder"
         raise MissingError(f"{flag} {ref}: not in the local cache, and the hub cannot be reached", hint=hint) from error
     except SafetensorError as error:
-        raise InputError(f"{flag} {ref}: damaged weights: {error}", hint="download or build the model again") from error
+        raise InputError(f"{flag} {ref}: damaged weights: {error}", hint=AGAIN) from error
     except LOADING as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from drmcli.errors import InputError
 from drmcli.fingerprints import at_hand
+from drmcli.hub import AGAIN
 
 READERS = min(4, os.cpu_count() or 1)
 """Tensors that are read at once: a read from the page cache keeps one core busy, a GPU's transfer another."""
@@ -139,7 +140,7 @@ def fill(
     """
     places = {name: place for name, place in model.state_dict().items() if only is None or name in only}
     if missing := sorted(places.keys() - tensors.keys()):
-        raise InputError(f"{where} lacks the weights of {missing[0]}", hint="download or build the model again")
+        raise InputError(f"{where} lacks the weights of {missing[0]}", hint=AGAIN)
     for name, place in places.items():
         if tensors[name].shape != tuple(place.shape):
             raise InputError(
@@ -150,7 +151,7 @@ def fill(
     def read(name: str) -> Tensor:
         tensor = tensors[name].read()
         if not finite(tensor):
-            raise InputError(f"{where}: the weights of {name} are not finite", hint="download or build the model again")
+            raise InputError(f"{where}: the weights of {name} are not finite", hint=AGAIN)
         if tensor.is_floating_point():
             tensor = tensor.to(dtype(name) if callable(dtype) else dtype)
         return tensor.to(device)

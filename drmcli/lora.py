@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from drmcli.config import local_or_hub, package_path
-from drmcli.data.text import parse_json, parse_yaml, read_text, short
+from drmcli.data.text import is_number, parse_json, parse_yaml, read_text, short
 from drmcli.errors import InputError
 from drmcli.hub import explained
 from drmcli.loading import finite
@@ -209,7 +208,7 @@ def alphas_beside(
     for folder in (file.parent, file.parent.parent):  # a run's `lora` folder, or a checkpoint in it
         values = _of_others(folder / "config.yaml", lambda text: parse_yaml(text, "config.yaml"))
         alpha = values.get("lora_alpha") if isinstance(values, dict) else None
-        if isinstance(alpha, int) and _is_number(alpha):
+        if isinstance(alpha, int) and is_number(alpha):
             return dict.fromkeys(ranks, float(alpha))
     said = _of_others(
         file.with_name("README.md"), lambda text: re.search(r"A LoRA of rank \d+, alpha (\d{1,9})\b", text)
@@ -235,11 +234,6 @@ def _object(text: str, source: str, prefix: str = "") -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items()}
 
 
-def _is_number(value: Any) -> bool:
-    """Is a value of JSON or YAML a number that a finite float holds?"""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
 def _of_config(config: dict[str, Any], ranks: dict[str, int], source: str) -> dict[str, float]:
     """Alphas by module of a PEFT config. Raises InputError, beginning with `source`, for one that is damaged or of no plain LoRA."""
     for kind in ("use_dora", "modules_to_save"):
@@ -250,7 +244,7 @@ def _of_config(config: dict[str, Any], ranks: dict[str, int], source: str) -> di
         raise InputError(f"{source}: alpha_pattern is no JSON object", hint=AGAIN)
     said = {"lora_alpha": config["lora_alpha"]} if "lora_alpha" in config else {}
     for key, value in (said | {f"alpha_pattern of {name}": a for name, a in patterns.items()}).items():
-        if not _is_number(value):
+        if not is_number(value):
             raise InputError(f"{source}: {key} must be a finite number, got {short(value)}", hint=AGAIN)
     compiled = []
     for pattern, alpha in patterns.items():

@@ -18,7 +18,7 @@ from drmcli.data.text import short
 from drmcli.errors import InputError
 from drmcli.families.base import Family
 from drmcli.fingerprints import at_hand, reach
-from drmcli.hub import quiet_hub
+from drmcli.hub import AGAIN, quiet_hub
 from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import denoiser_files, fill, finite, lend, opened, skeleton, variant_of
 from drmcli.quantize import quantize
@@ -26,7 +26,6 @@ from drmcli.quantize import quantize
 if TYPE_CHECKING:
     from drmcli.generator import Generator
 
-AGAIN = "download or build the model again"
 TEXT = ("tokenizer", "text_encoder")
 """The encoders that no pipeline is without; a second and third may be left out."""
 

@@ -6,19 +6,18 @@ no file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drmcli.data.text import cut, short
+from drmcli.data.text import cut, is_number, short
 from drmcli.errors import InputError
+from drmcli.hub import AGAIN
 
 if TYPE_CHECKING:
     from drmcli.generator import Generator
 
-AGAIN = "download or build the model again"
 LARGEST = 65_536
 """Pixels on a picture's side, as for --height."""
 WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -73,7 +72,7 @@ def _vae(generator: Generator) -> None:
             raise ValueError(f"{name} holds {len(value)} numbers for {channels} channels")
         divides = name in ("scaling_factor", "latents_std")
         for number in value if several else [value]:
-            if not _is_number(number) or (divides and not number):
+            if not is_number(number) or (divides and not number):
                 kind = "a finite number other than 0" if divides else "a finite number"
                 raise ValueError(f"{name} must be {kind}, got {short(number)}")
 
@@ -96,7 +95,7 @@ def _tokenizers(generator: Generator) -> None:
         length = getattr(tokenizer, "model_max_length", None)
         if getattr(tokenizer, "pad_token", "") is None:
             raise ValueError(f"{name}: has no pad token")
-        if length is not None and not (_is_number(length) and length >= 1):
+        if length is not None and not (is_number(length) and length >= 1):
             raise ValueError(f"{name}: model_max_length must be a number above 0, got {short(length)}")
 
 
@@ -109,7 +108,3 @@ def _check_sizes(where: str, sizes: dict[str, Any]) -> None:
     for name, size in sizes.items():
         if isinstance(size, int) and size < 1:
             raise ValueError(f"{where}{name} must be above 0, got {size}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -34,7 +34,7 @@ from drmcli.kernels import PLAIN, Kernels
 from drmcli.loading import Stored, borrow, fill, finite, opened, skeleton, weightless
 from drmcli.noise import score_pictures
 from drmcli.parts import denoiser_config, quiet_libraries, read_index, scheduler_facts, with_denoiser
-from drmcli.reward_config import RewardConfig, check_shapes, read_config
+from drmcli.reward_config import RewardConfig, check_shapes, read_config, tapped
 from drmcli.run import seed_of
 
 M = TypeVar("M", bound="CutDenoiser")
@@ -48,15 +48,7 @@ class CutDenoiser(nn.Module):
         self.config = config
         self.family: Family = family_named(config.family).bound(config.scheduler or {})
         depth = self.family.depth(config.transformer)
-        keep = depth - config.drop_layers
-        if not 1 <= keep <= len(self.family.blocks(transformer)):
-            raise InputError(
-                f"--set drop_layers: {config.drop_layers} of {depth} blocks leave nothing", hint=f"use 0 to {depth - 1}"
-            )
-        taps = [keep - 1] if config.tap_layers is None else list(config.tap_layers)
-        if not taps or any(not 0 <= t < keep for t in taps):
-            raise InputError(f"--set tap_layers: {taps} for {keep} kept blocks", hint=f"count from 0 to {keep - 1}")
-        self.taps = taps
+        self.taps = taps = tapped(config, depth, len(self.family.blocks(transformer)))
         self.transformer = transformer
         self.kernels = PLAIN
         self.family.cut(transformer, max(taps) + 1)

@@ -114,13 +114,26 @@ def _check_layers(config: RewardConfig, where: str, hint: str) -> None:
             f"{where}: config.json: transformer and scheduler are not those of a pipeline of the family {family.name} ({fact})",
             hint=hint,
         ) from None
+    tapped(config, depth, depth, source=f"{where}: config.json: ", hint=hint)
+
+
+def tapped(config: RewardConfig, depth: int, there: int, *, source: str = "--set ", hint: str = "") -> list[int]:
+    """The blocks that the head reads, of a base with `depth` of them and `there` at hand.
+
+    Raises InputError, beginning with `source`, where the cut leaves none, or not these.
+    """
     keep = depth - config.drop_layers
-    if keep < 1:
+    if not 1 <= keep <= there:
         raise InputError(
-            f"{where}: config.json: drop_layers: {config.drop_layers} of {depth} blocks leave nothing", hint=hint
+            f"{source}drop_layers: {config.drop_layers} of {depth} blocks leave nothing",
+            hint=hint or f"use 0 to {depth - 1}",
         )
-    if any(tap >= keep for tap in config.tap_layers or []):
-        raise InputError(f"{where}: config.json: tap_layers: {config.tap_layers} for {keep} kept blocks", hint=hint)
+    taps = [keep - 1] if config.tap_layers is None else list(config.tap_layers)
+    if not taps or any(not 0 <= tap < keep for tap in taps):
+        raise InputError(
+            f"{source}tap_layers: {taps} for {keep} kept blocks", hint=hint or f"count from 0 to {keep - 1}"
+        )
+    return taps
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str) -> None:

@@ -273,7 +273,7 @@ def _summary(folder: Path, flag: str) -> dict[str, Any] | None:
     """The summary of a finished run, None while it is not finished. Raises InputError for one that is damaged."""
     found = read_object(folder / "summary.json", flag)
     if found is not None and {"command", "run", "seconds"} - set(found):
-        raise InputError(f"{flag}: its summary.json is damaged", hint="--overwrite starts again there")
+        raise damaged(folder / "summary.json", flag)
     return found
 
 

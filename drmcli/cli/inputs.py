@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from drmcli.config import local_or_hub, package_path, split_ratio
+from drmcli.config import dataset_names, flag_of, local_or_hub, package_path, split_ratio
 from drmcli.errors import DrmError, InputError, MissingError
 
 SCORERS = {"reward": "--reward", "refresh_by": "--refresh-by", "against": "--against", "judge": "--judge"}
@@ -58,10 +58,13 @@ OF_MODES = {
     "methods": ("auto",),
 }
 """Keys of drm sample that some modes alone read."""
-OF_GENERATORS = ("lora", "prompts", "num_images", "steps", "guidance_scale", "images", "detector", "color_model")
-"""Keys of drm bench that are read where a generator draws; the last three by geneval alone."""
-OF_PAIRS = ("split", "calibration_split", "pairs", "shared_noise")
-"""Keys of drm bench that are read where pairs are judged."""
+DRAWN = ("prompts", "geneval")
+OF_DATASETS = {
+    **dict.fromkeys(("split", "calibration_split", "pairs", "shared_noise"), ("pairs",)),
+    **dict.fromkeys(("lora", "prompts", "num_images", "steps", "guidance_scale"), DRAWN),
+    **dict.fromkeys(("images", "detector", "color_model"), ("geneval",)),
+}
+"""Keys of drm bench that some kinds of dataset alone read."""
 
 
 def refuse_unread(command: str, config: Any, named: set[str]) -> None:
@@ -70,34 +73,25 @@ def refuse_unread(command: str, config: Any, named: set[str]) -> None:
         for key, modes in OF_MODES.items():
             if key in named and config.mode not in modes and getattr(config, key) != 1:  # one trajectory is plain
                 raise InputError(
-                    f"{_flag(key)}: is not read by --mode {config.mode}", hint=f"use --mode {' or '.join(modes)}"
+                    f"{flag_of(command, key)}: is not read by --mode {config.mode}",
+                    hint=f"use --mode {' or '.join(modes)}",
                 )
-    if command != "bench":
-        return
-    from drmcli.data.prompts import holds_prompts_only
+    if command == "bench":
+        from drmcli.data.prompts import of_generators
 
-    path = package_path(config.dataset)
-    draws = config.dataset in ("geneval", "shapes-prompts") or holds_prompts_only(path)
-    unread = OF_PAIRS if config.dataset == "geneval" else (*OF_PAIRS, *OF_GENERATORS[-3:]) if draws else OF_GENERATORS
-    for key in unread:
-        if key in named:
-            geneval = key in OF_GENERATORS[-3:]
-            other = "pairs" if key in OF_PAIRS else "geneval" if geneval else "shapes-prompts or a file of prompts"
-            raise InputError(
-                f"{_flag(key)}: is not read, {config.dataset} is of {'generators' if draws else 'pairs'}",
-                hint=f"leave it out, or bench {other}",
-            )
-    if "split" in named and config.dataset not in NO_FILES and os.path.exists(path):
-        from drmcli.data.datasets import DATASETS
+        dataset = config.dataset
+        kind = "geneval" if dataset == "geneval" else "prompts" if of_generators(dataset) else "pairs"
+        for key, kinds in OF_DATASETS.items():
+            if key in named and kind not in kinds:
+                raise InputError(
+                    f"{flag_of(command, key)}: is not read, {dataset} is of {'generators' if kind in DRAWN else 'pairs'}",
+                    hint=f"leave it out, or bench {' or '.join(kinds)}",
+                )
+        if "split" in named and dataset not in NO_FILES and os.path.exists(package_path(dataset)):
+            from drmcli.data.datasets import DATASETS
 
-        if config.dataset not in DATASETS:
-            raise InputError(
-                f"--split {config.split}: {config.dataset} is a file, and has no splits", hint="leave it out"
-            )
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+            if dataset not in DATASETS:
+                raise InputError(f"--split {config.split}: {dataset} is a file, and has no splits", hint="leave it out")
 
 
 def _has_scorer(command: str, config: Any) -> None:
@@ -126,9 +120,7 @@ def _score(config: Any) -> None:
 
 
 def _bench(config: Any) -> None:
-    several = [name.strip() for name in config.dataset.split(",") if name.strip()]
-    if not several:
-        raise InputError(f"--dataset {config.dataset!r}: names nothing", hint="for example --dataset shapes")
+    several = dataset_names(config.dataset)
     for name in several:
         inner = os.path.join(config.data_dir or "", name)
         folder = inner if len(several) > 1 and config.data_dir and os.path.isdir(inner) else config.data_dir
@@ -177,7 +169,7 @@ def _scorer(ref: str, flag: str, *, weighed: bool) -> None:
 
 def _path(ref: str, flag: str) -> None:
     """A file or folder that looks like one is there; what looks like a hub id may be one."""
-    path = os.path.expanduser(package_path(ref))
+    path = package_path(ref)
     local = path.startswith((".", "/", "~")) or path.endswith(".safetensors") or path.count("/") != 1
     if local and not os.path.exists(path):
         raise MissingError(f"{flag} {ref}: there is no such file or folder", hint="check the path, or give a hub id")

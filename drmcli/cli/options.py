@@ -247,7 +247,7 @@ def execute(command: str, options: dict[str, Any]) -> None:
     from drmcli.cli import inputs, onward
     from drmcli.cli.output import Screen, show_json
 
-    process_numbers()
+    environment_numbers()
     flags = {k: v for k, v in options.items() if k not in NOT_CONFIG}
     config = configs.resolve(
         command, preset=options.get("preset"), file=options.get("config"), sets=options.get("sets"), flags=flags
@@ -294,7 +294,7 @@ def what_happens(command: str, config: Any) -> str:
     """The first line of a run, before seconds of imports: command, device and number format, seed, run folder."""
     from drmcli.run import planned_folder
 
-    several = process_numbers().get("WORLD_SIZE", 1) > 1  # then the processes choose the folder together
+    several = environment_numbers().get("WORLD_SIZE", 1) > 1  # then the processes choose the folder together
     where = "a folder in runs/" if config.out is None and several else planned_folder(command, config)
     device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
     dtype = getattr(config, "dtype", "auto")
@@ -308,7 +308,7 @@ def has_gpu() -> bool:
     return visible not in ("", "-1") and os.path.exists("/dev/nvidiactl")
 
 
-PROCESS_NUMBERS = (
+ENVIRONMENT_NUMBERS = (
     "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT",
     "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
     "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID",
@@ -319,7 +319,7 @@ PROCESS_NUMBERS = (
 number without a look at what they hold."""
 
 
-def process_numbers() -> dict[str, int]:
+def environment_numbers() -> dict[str, int]:
     """Those that are set. An empty one, as schedulers and CI export it, is unset for the libraries too.
 
     Raises InputError for one that is no number.
@@ -327,7 +327,7 @@ def process_numbers() -> dict[str, int]:
     from drmcli.errors import InputError
 
     found = {}
-    for name in PROCESS_NUMBERS:
+    for name in ENVIRONMENT_NUMBERS:
         text = os.environ.get(name)
         if text is None:
             continue
@@ -342,5 +342,5 @@ def process_numbers() -> dict[str, int]:
 
 
 def _is_main() -> bool:
-    numbers = process_numbers()
+    numbers = environment_numbers()
     return numbers.get("RANK", 0) == 0 or numbers.get("WORLD_SIZE", 1) <= 1

@@ -42,13 +42,14 @@ def show(
     elif quiet:
         print(run)
     else:
-        if found.summary and found.command in render.SUMMARIES:
-            try:
+        following = None
+        try:
+            if found.summary and found.command in render.SUMMARIES:
                 render.SUMMARIES[found.command](found.summary)
-                onward.after_show(run, found.command, found.config, found.summary)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                fault = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
-                found.problems.append(f"RUN {run}: its summary.json {fault}")
+            following = onward.after_show(run, found.command, found.config, found.summary)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            fault = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+            found.problems.append(f"RUN {run}: its summary.json {fault}")
         for name, table in found.tables.items():
             columns = [c for c in COLUMNS.get(name, table.columns) if c in table.columns] or list(table.columns)
             made = render.table(f"\n{name}: {len(table)} rows, the last of them", *map(str, columns))
@@ -59,7 +60,7 @@ def show(
             stdout().print("not finished: run the same command again to go on")
         stdout().print(f"report: {report}")
         if not found.problems:
-            onward.say(onward.after_show(run, found.command, found.config, found.summary))
+            onward.say(following)
     if found.problems:
         raise InputError("; ".join(found.problems), hint="the rest is shown; run the command again with --overwrite")
 

@@ -6,8 +6,10 @@ from drmcli.config.exporting import Export
 from drmcli.config.reproducing import Reproduce
 from drmcli.config.resolve import (
     build,
+    dataset_names,
     describe,
     field_names,
+    flag_of,
     local_or_hub,
     package_path,
     preset_names,
@@ -49,8 +51,10 @@ __all__ = [
     "Serve",
     "TrainReward",
     "build",
+    "dataset_names",
     "describe",
     "field_names",
+    "flag_of",
     "local_or_hub",
     "package_path",
     "preset_names",

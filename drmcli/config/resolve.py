@@ -80,7 +80,7 @@ def resolve(
     values |= {key: value for key, value in loaded.items() if key != "preset"}
     values |= {key: value for key, value in assigned if key != "preset"} | given
     sources = dict.fromkeys(loaded, f"--config {file}") | {k: f"--set {k}" for k, _ in assigned}
-    sources |= {k: "--" + SINGULAR.get((command, k), k).replace("_", "-") for k in given}
+    sources |= {key: flag_of(command, key) for key in given}
     for key, value in values.items():
         if key in PATHS and (command, key) not in TEXTS:
             values[key] = _place(value, key, str(sources.get(key) or key))
@@ -183,7 +183,7 @@ def to_command(command: str, values: dict[str, Any]) -> list[str]:
         value = values.get(key, usual[key])
         if key in PLACES or value == usual[key]:
             continue
-        flag = "--" + SINGULAR.get((command, key), key).replace("_", "-")
+        flag = flag_of(command, key)
         if value is None or isinstance(value, bool) or value == []:
             words += ["--set", f"{key}={json.dumps(value)}"]
         elif isinstance(value, list) and all(isinstance(part, str) for part in value):
@@ -259,6 +259,19 @@ def split_ratio(item: str) -> tuple[str, float | None]:
         except ValueError:  # NAME=FOLDER
             pass
     return item, None
+
+
+def dataset_names(text: str) -> list[str]:
+    """Datasets with commas between, one by one. Raises InputError where none is named."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--dataset {text!r}: names nothing", hint="for example --dataset shapes")
+    return names
+
+
+def flag_of(command: str, key: str) -> str:
+    """The flag that sets a key of a command's config."""
+    return "--" + SINGULAR.get((command, key), key).replace("_", "-")
 
 
 def spoken(ref: str | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from drmcli.config import package_path
 from drmcli.data.rows import MAX_BAD, BadRow, LeftOut, Table, sound_prompt
 from drmcli.data.text import lines, parse_json, read_text, short
 from drmcli.errors import InputError
@@ -106,6 +107,11 @@ def _value(entry: Any, place: str, bad: LeftOut) -> Iterator[tuple[str, Any]]:
             return
         entry = lower[column]
     yield place, entry
+
+
+def of_generators(dataset: str) -> bool:
+    """Does a benchmark's dataset measure what a generator draws, and not how pairs are judged?"""
+    return dataset in ("geneval", "shapes-prompts") or holds_prompts_only(package_path(dataset))
 
 
 def holds_prompts_only(path: str | Path) -> bool:

@@ -134,6 +134,11 @@ def sound(text: str, name: str) -> str:
     return text
 
 
+def is_number(value: Any) -> bool:
+    """Is a value of JSON or YAML a number that a finite float holds?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def repaired(text: str) -> str:
     """Text of the command line that a locale without UTF-8 has taken apart, put together again; else the text itself."""
     if not _SURROGATE.search(text):

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from drmcli import results
-from drmcli.config import Bench, spoken
+from drmcli.config import Bench, dataset_names, spoken
 from drmcli.data.batches import IndexedPairs
 from drmcli.data.datasets import DATASETS
 from drmcli.data.images import BadImage, load_image
 from drmcli.data.preferences import Preferences
+from drmcli.data.prompts import of_generators
 from drmcli.data.sources import LivePrompts
 from drmcli.errors import InputError, RunError
 from drmcli.generator import DTYPES, pick_device, pick_dtype
@@ -44,7 +45,7 @@ def run(config: Bench, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Measure reward models and scorers on the same pairs, or a generator. Returns what summary.json holds."""
     if "," in config.dataset:
         return run_many(config, reporter)
-    if generated.wanted(config):
+    if of_generators(config.dataset):
         return generated.run(config, reporter)
     refs = list(dict.fromkeys(r for r in (config.reward, *config.scorers, config.against) if r and r != "none"))
     if not refs:
@@ -89,20 +90,15 @@ def run(config: Bench, reporter: Reporter = SILENT) -> dict[str, Any]:
         return folder.finish(summary)
 
 
-def dataset_names(config: Bench) -> list[str]:
-    """The datasets of a list with commas."""
-    return [name.strip() for name in config.dataset.split(",") if name.strip()]
-
-
-def check_names(config: Bench, names: list[str]) -> None:
-    """Raises InputError for names that cannot be one table, before any of them is measured."""
-    if not names:
-        raise InputError(f"--dataset {config.dataset!r}: names nothing", hint="for example --dataset shapes")
+def names_of_pairs(config: Bench) -> list[str]:
+    """The datasets of a list. Raises InputError for names that cannot be one table, before any of them is measured."""
+    names = dataset_names(config.dataset)
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InputError(f"--dataset {config.dataset}: {name} is there twice", hint="name each once")
-        if generated.wanted(replace(config, dataset=name)):
+        if of_generators(name):
             raise InputError(f"--dataset {config.dataset}: {name} is of generators", hint="measure it by itself")
+    return names
 
 
 def part_folders(names: list[str]) -> dict[str, str]:
@@ -120,8 +116,7 @@ def run_many(config: Bench, reporter: Reporter) -> dict[str, Any]:
 
     `--data-dir` holds a folder for each that is named like it, where there is one. `accuracy` is the lowest of the first scorer's.
     """
-    names = dataset_names(config)
-    check_names(config, names)
+    names = names_of_pairs(config)
     with open_run("bench", config, reporter) as folder:
         if folder.finished:
             folder.note(f"{folder.folder} is finished; --overwrite measures again")
@@ -345,8 +340,8 @@ def plan(config: Bench) -> dict[str, Any]:
     from drmcli.recipes.plan import describe_generator
 
     if "," in config.dataset:
-        check_names(config, dataset_names(config))
-    elif generated.wanted(config):
+        names_of_pairs(config)
+    elif of_generators(config.dataset):
         return generated.plan(config)
     known = describe_generator(config)
     facts = benchmark_data(config).facts(config, known, known.latent_side(config.resolution))

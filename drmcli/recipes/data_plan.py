@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from drmcli.config import Bench, TrainReward, package_path
+from drmcli.config import Bench, TrainReward, dataset_names, package_path
 from drmcli.data.cache import cache_root
 from drmcli.data.datasets import DATASETS, read
 from drmcli.data.sources import where_prompts_go
@@ -101,7 +101,7 @@ def benchmark_data(config: Bench) -> Counts:
     """What bench measures on."""
     found = Counts()
     made = config.shapes_prompts if config.pairs is None else -(-config.pairs // 5)
-    for name in [name.strip() for name in config.dataset.split(",") if name.strip()]:
+    for name in dataset_names(config.dataset):
         split = config.split or (DATASETS[name].default_split if name in DATASETS else "test")
         found.add(name, split, config, made=made, pairs=config.pairs)
     return found

@@ -18,7 +18,7 @@ from drmcli import cards, signals
 from drmcli.config import Export
 from drmcli.data.text import short
 from drmcli.errors import InputError, MissingError
-from drmcli.files import atomic_folder, begun_runs, guarded, read_object
+from drmcli.files import atomic_folder, begun_runs, damaged, guarded, read_object
 from drmcli.hub import one_line, pushing
 from drmcli.reward_config import read_config
 from drmcli.run import SILENT, Reporter
@@ -199,7 +199,7 @@ def found(name: str) -> Product:
         _check_file(model / "config.json", where)
         base = read_config(model, where).base_model
     if not isinstance(base, str) or not base:
-        raise _damaged(where, "config.yaml", f"generator is {short(base)}")
+        raise damaged(folder / "config.yaml", where, f"generator is {short(base)}")
     return Product(folder, model, config, summary, base)
 
 
@@ -237,7 +237,7 @@ def fill(product: Product, name: str) -> None:
         key = "updates" if last else "best_update"
         update = product.summary.get(key)
         if not isinstance(update, int):
-            raise _damaged(f"RUN {product.run}", "summary.json", f"{key} is {short(update)}")
+            raise damaged(product.run / "summary.json", f"RUN {product.run}", f"{key} is {short(update)}")
         config = product.config | {"generator": product.base}
         card = _card(
             product,
@@ -253,12 +253,9 @@ def _card(product: Product, write: Callable[[dict[str, Any] | None], str]) -> st
         try:
             card = write(summary)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise _damaged(f"RUN {product.run}", file, f"{type(error).__name__}: {one_line(error)}") from error
+            fact = f"{type(error).__name__}: {one_line(error)}"
+            raise damaged(product.run / file, f"RUN {product.run}", fact) from error
     return card
-
-
-def _damaged(where: str, file: str, fact: str) -> InputError:
-    return InputError(f"{where}: its {file} is damaged ({fact})", hint="run its command again with --overwrite")
 
 
 def _check_file(file: Path, where: str) -> None:

@@ -26,7 +26,7 @@ from drmcli import results
 from drmcli.config import Bench, package_path, resolve, spoken
 from drmcli.data.images import BadImage, FileImage, load_image
 from drmcli.data.preferences import text_id
-from drmcli.data.prompts import holds_prompts_only, read_prompts
+from drmcli.data.prompts import read_prompts
 from drmcli.errors import InputError, MissingError, RunError
 from drmcli.fitting import SMALLER, Batch
 from drmcli.generator import DTYPES, Generator, pick_device, pick_dtype
@@ -45,11 +45,6 @@ TASK_SETS: dict[str, Callable[[], list[Item]]] = {"shapes": tasks.items}
 """Prompts with what must be seen in each that are made, by the detector that sees it."""
 SHAPES_PROMPTS = 96
 """Held-out captions of shapes-prompts."""
-
-
-def wanted(config: Bench) -> bool:
-    """Does this benchmark measure a generator, and not a reward model?"""
-    return config.dataset in ("geneval", "shapes-prompts") or holds_prompts_only(package_path(config.dataset))
 
 
 def run(config: Bench, reporter: Reporter) -> dict[str, Any]:
